@@ -1,0 +1,168 @@
+"""The public API: from a configuration file or a checkpoint folder to a model and its processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minivlm import registry
+from minivlm.checkpoints.native import find_model_folder, load_weights
+from minivlm.config import ModelConfig, load_config
+from minivlm.config.loader import list_model_defaults, parse_model
+from minivlm.models.base import ModelError
+from minivlm.models.build import build_model
+from minivlm.models.language.hf import DTYPES
+from minivlm.models.vlm import VisionLanguageModel
+from minivlm.processors.processor import VLMProcessor
+from minivlm.processors.template import Template
+from minivlm.processors.tokenizer import load_tokenizer
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "fp32",
+    options: Sequence[str] = (),
+    stage: str | None = None,
+) -> tuple[VisionLanguageModel, VLMProcessor]:
+    """Load a model in eval mode and its processor.
+
+    ``source`` is a YAML file (``options`` as for ``--options``; of several stages the last, or ``stage``) or
+    a folder that minivlm wrote: a model, a checkpoint, or a run. ``dtype`` is fp32, bf16 or fp16.
+    Raises ConfigError, ModelError or CheckpointError, which say what to do.
+    """
+    path = Path(source)
+    if path.is_dir():
+        config = ModelConfig(checkpoint=str(path))
+    else:
+        experiment = load_config(path, options)
+        config = (experiment.stage(stage) if stage else experiment.stages[-1]).model
+    model, processor, _ = assemble(config)
+    kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    return model.to(resolve_device(device), kind).eval(), processor
+
+
+def load_model_and_preprocess(
+    name: str, model_type: str, is_eval: bool = True, device: str = "cpu"
+) -> tuple[VisionLanguageModel, dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
+    """LAVIS's form: the model of packaged defaults, and its picture and text processors by ``train``/``eval``.
+
+    A picture processor takes a PIL image and returns [3, H, W]; a text processor returns the text.
+    """
+    container = registry_model(name, model_type)
+    model, processor, _ = assemble(container)
+    model.to(resolve_device(device)).train(not is_eval)
+    transform = next(iter(processor.transforms.values()))
+
+    def vis_processor(image: Any) -> torch.Tensor:
+        return transform(image.convert("RGB"))
+
+    def text_processor(text: str) -> str:
+        return text
+
+    return (
+        model,
+        {"train": vis_processor, "eval": vis_processor},
+        {"train": text_processor, "eval": text_processor},
+    )
+
+
+def registry_model(name: str, model_type: str) -> ModelConfig:
+    """The packaged defaults of ``arch`` and ``model_type`` as a typed section ``model``."""
+    return parse_model({"arch": name, "model_type": model_type}, f"model {name}/{model_type}")
+
+
+class ModelZoo:
+    """The packaged defaults; printing gives LAVIS's table, iterating ``(arch, model_types)``."""
+
+    def __init__(self) -> None:
+        self._types: dict[str, list[str]] = {}
+        for arch, model_type in list_model_defaults():
+            self._types.setdefault(arch, []).append(model_type)
+
+    def __iter__(self) -> Any:
+        return iter(self._types.items())
+
+    def __len__(self) -> int:
+        return sum(len(types) for types in self._types.values())
+
+    def __str__(self) -> str:
+        rows = [("Architectures", "Types"), *((arch, ", ".join(types)) for arch, types in self)]
+        return "\n".join(f"{arch:<24}{types}" for arch, types in rows)
+
+
+def model_zoo() -> ModelZoo:
+    """What :func:`load_model_and_preprocess` can load."""
+    return ModelZoo()
+
+
+def assemble(config: ModelConfig, *, meta: bool = False) -> tuple[VisionLanguageModel, VLMProcessor, ModelConfig]:
+    """Model, processor and the complete ``model`` section; a checkpoint fills what the section leaves open.
+
+    With ``meta`` the model holds no weights (for counting and dry runs).
+    """
+    folder = None
+    if config.checkpoint:
+        folder = find_model_folder(config.checkpoint)
+        config = _with_checkpoint(config, folder)
+    assert config.language_model and config.vision_encoder and config.connector and config.template
+    language = config.language_model.config
+    tokenizer_path = getattr(language, "tokenizer", None) or getattr(language, "path", None)
+    if not tokenizer_path:
+        raise ModelError("model.language_model.tokenizer: needed when the language model has no path")
+    tokenizer = load_tokenizer(tokenizer_path, getattr(language, "revision", None))
+    model = build_model(config, len(tokenizer), meta=meta)
+    if model.language_model.vocab_size < len(tokenizer):
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} entries, but the language model embeds only "
+            f"{model.language_model.vocab_size}; set language_model.config.vocab_size or use its own tokenizer"
+        )
+    if folder is not None and not meta:
+        load_weights(model, folder)
+    return model, build_processor(config, model, tokenizer), config
+
+
+def build_processor(config: ModelConfig, model: VisionLanguageModel, tokenizer: Any) -> VLMProcessor:
+    """The processor of a model: template, tokenizer, one picture transform for every input of the encoder."""
+    assert config.processor and config.template
+    settings = config.processor.config
+    transform = registry.get("processor", settings.image.name)
+    inputs = model.vision_encoder.inputs
+    return registry.get("processor", config.processor.name)(
+        settings,
+        Template(config.template.config),
+        tokenizer,
+        {name: transform(settings.image.config, encoder) for name, encoder in inputs.items()},
+        model.connector.tokens_per_image,
+    )
+
+
+def _with_checkpoint(config: ModelConfig, folder: Path) -> ModelConfig:
+    """Parts that the section does not name come from the checkpoint's own config, and so does its tokenizer."""
+    from omegaconf import OmegaConf
+
+    container = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    assert isinstance(container, dict)
+    container["language_model"]["tokenizer"] = str(folder / "tokenizer")
+    saved = parse_model(container, str(folder / "config.yaml"))  # type: ignore[arg-type]
+    for name in ("vision_encoder", "connector", "language_model", "template"):
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(saved, name))
+            if name == "template":
+                config.processor = saved.processor
+    return config
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is the best that is there: CUDA, MPS, CPU."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")

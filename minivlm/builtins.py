@@ -1,0 +1,82 @@
+"""The built-in entries of the registry: names and import strings only, so nothing heavy is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minivlm.registry import register
+
+CONFIGS = Path(__file__).parent / "configs"
+
+_PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
+    "vision_encoder": {
+        "hf": ("models.vision.hf:HFVisionEncoder", "models.configs:HFVisionConfig"),
+        "timm": ("models.vision.timm:TimmVisionEncoder", "models.configs:TimmVisionConfig"),
+        "efficientnet_lite0": (
+            "models.vision.efficientnet_lite:EfficientNetLite0",
+            "models.configs:EfficientNetLite0Config",
+        ),
+    },
+    "connector": {
+        "linear": ("models.connectors.mlp:LinearConnector", "models.configs:LinearConnectorConfig"),
+        "mlp": ("models.connectors.mlp:MLPConnector", "models.configs:MLPConnectorConfig"),
+    },
+    "language_model": {
+        "hf": ("models.language.hf:HFLanguageModel", "models.configs:HFLanguageModelConfig"),
+    },
+    "processor": {
+        "vlm": ("processors.processor:VLMProcessor", "processors.configs:ProcessorConfig"),
+        "image": ("processors.image:ImageTransform", "processors.configs:ImageConfig"),
+    },
+    "dataset": {
+        "llava_json": ("datasets.llava_json:LlavaJsonBuilder", "datasets.configs:LlavaJsonConfig"),
+        "easy_vqa": ("datasets.easy_vqa:EasyVQABuilder", "datasets.configs:EasyVQAConfig"),
+    },
+    "task": {
+        "image_text_pretrain": ("tasks.base:Task", None),
+        "instruction_tuning": ("tasks.base:Task", None),
+        "vqa": ("tasks.vqa:VQATask", None),
+    },
+    "metric": {
+        "exact_match": ("evaluation.exact_match:exact_match", None),
+    },
+    "runner": {
+        "runner_base": ("runners.runner:Runner", None),
+    },
+    "lr_scheduler": {
+        "linear_warmup_cosine_lr": ("runners.schedules:linear_warmup_cosine_lr", None),
+        "linear_warmup_step_lr": ("runners.schedules:linear_warmup_step_lr", None),
+        "constant_lr": ("runners.schedules:constant_lr", None),
+    },
+}
+
+_SUMMARIES = {
+    ("vision_encoder", "hf"): "any transformers vision model (CLIP, SigLIP, DINOv2, ...), by folder or id",
+    ("vision_encoder", "timm"): "any timm model by name",
+    ("vision_encoder", "efficientnet_lite0"): "real ImageNet weights from a 17 MB PyPI package",
+    ("connector", "linear"): "one linear layer (MiniMind-V)",
+    ("connector", "mlp"): "linear layers with GELU, optional norm and pixel merge (LLaVA, Imp)",
+    ("language_model", "hf"): "any causal LM of transformers, from a folder or from scratch",
+    ("processor", "vlm"): "template + tokenizer + picture transform",
+    ("processor", "image"): "resize, crop or pad, normalise (PIL and numpy, bit-equal to the originals)",
+    ("dataset", "llava_json"): "LLaVA records: JSON or JSONL with pictures in a folder",
+    ("dataset", "easy_vqa"): "easy-VQA from PyPI: 5,000 pictures, 48,248 questions, official test split",
+    ("task", "image_text_pretrain"): "train on captions or conversations; evaluate the loss",
+    ("task", "instruction_tuning"): "the same, under the name that users of LLaVA look for",
+    ("task", "vqa"): "answer questions; accuracy per question type beside two baselines",
+    ("metric", "exact_match"): "share of answers equal to the reference",
+    ("runner", "runner_base"): "the training loop: CPU, GPU, MPS, torchrun",
+    ("lr_scheduler", "linear_warmup_cosine_lr"): "warm-up, then cosine down to min_lr",
+    ("lr_scheduler", "linear_warmup_step_lr"): "warm-up, then times lr_decay_rate every epoch",
+    ("lr_scheduler", "constant_lr"): "warm-up, then init_lr",
+}
+
+
+def register_all() -> None:
+    """Fill the registry with the built-in parts and the packaged templates."""
+    for kind, entries in _PARTS.items():
+        for name, (target, config) in entries.items():
+            extra = {"config": f"minivlm.{config}"} if config else {}
+            register(kind, name, f"minivlm.{target}", summary=_SUMMARIES[kind, name], **extra)
+    for path in sorted((CONFIGS / "templates").glob("*.yaml")):
+        register("template", path.stem, path, config="minivlm.processors.configs:TemplateConfig")

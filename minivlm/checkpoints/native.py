@@ -1,0 +1,194 @@
+"""minivlm's own format: a folder that says by itself what it holds.
+
+``config.yaml`` (section ``model``, template and picture settings written out), ``manifest.json`` (format,
+where base weights come from, which parts the file holds in full), ``model.safetensors`` (what was ever
+trained, and all that cannot be had again from a base) and ``tokenizer/``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minivlm.config.experiment import ModelConfig, to_container
+from minivlm.io import atomic_folder, write_json
+from minivlm.models.build import LoadReport
+from minivlm.models.vlm import PARTS, VisionLanguageModel
+from minivlm.processors.processor import VLMProcessor
+from minivlm.version import __version__
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A folder that is no checkpoint, is damaged, or belongs to another model."""
+
+
+@dataclass
+class Manifest:
+    """``sources``: base weights by part. ``complete``: parts whose weights are all in the file.
+
+    ``trained`` holds the names of all parameters that were trained in this or an earlier stage.
+    """
+
+    sources: dict[str, dict[str, str] | None] = field(default_factory=dict)
+    complete: list[str] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)
+    step: int = 0
+    stage: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    format: int = FORMAT
+    minivlm: str = __version__
+
+
+def trained_names(model: VisionLanguageModel, earlier: list[str] | None = None) -> list[str]:
+    """Names of the parameters that train now or did ``earlier``."""
+    now = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return sorted(now | set(earlier or []))
+
+
+def save_model(
+    folder: Path, model: VisionLanguageModel, config: ModelConfig, processor: VLMProcessor, manifest: Manifest
+) -> None:
+    """Write a model folder atomically; an old one of that name stays whole until the new one is."""
+    with atomic_folder(folder) as unfinished:
+        write_model(unfinished, model, config, processor, manifest)
+
+
+def write_model(
+    folder: Path, model: VisionLanguageModel, config: ModelConfig, processor: VLMProcessor, manifest: Manifest
+) -> None:
+    """Write the files of a model folder into an existing folder."""
+    from omegaconf import OmegaConf
+    from safetensors.torch import save_file
+
+    trained = set(manifest.trained)
+    state = model.state_dict()
+    buffers = {name for name, _ in model.named_buffers()}
+    wanted = {}
+    for part in PARTS:
+        source = getattr(model, part).source if hasattr(getattr(model, part), "source") else None
+        keys = [key for key in state if key.startswith(f"{part}.")]
+        trains = any(key in trained for key in keys)
+        kept = [k for k in keys if source is None or k in trained or (k in buffers and trains)]
+        wanted.update({key: state[key] for key in kept})
+        manifest.sources[part] = source
+        if len(kept) == len(keys) and part not in manifest.complete:
+            manifest.complete.append(part)
+    save_file(_without_ties(wanted), folder / WEIGHTS)
+    container = to_container(config)
+    container["checkpoint"] = None
+    container["processor"]["image"] = {"name": "image"} | _image_node(processor)
+    for part in ("vision_encoder", "language_model"):
+        _describe_inside(container[part], getattr(model, part), part in manifest.complete)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(container)), encoding="utf-8")
+    processor.tokenizer.save_pretrained(folder / "tokenizer")
+    write_json(folder / MANIFEST, vars(manifest))
+
+
+def _describe_inside(node: dict[str, Any], part: Any, complete: bool) -> None:
+    """A part whose weights are all in the file must not ask for its base folder again."""
+    node["weights"] = None
+    hf = getattr(getattr(part, "model", None), "config", None)
+    if complete and node.get("path") and hf is not None:
+        node["path"], node["config"] = None, json.loads(hf.to_json_string(use_diff=True))
+    if complete and "pretrained" in node:
+        node["pretrained"] = False
+
+
+def _image_node(processor: VLMProcessor) -> dict[str, Any]:
+    if len(processor.transforms) != 1:  # two inputs differ: their settings come from the encoder
+        return {}
+    return dict(vars(next(iter(processor.transforms.values()))))
+
+
+def _without_ties(state: dict[str, Any]) -> dict[str, Any]:
+    """Tied tensors once; loading fills both, since they are one parameter of the model."""
+    seen: set[int] = set()
+    kept = {}
+    for key, tensor in state.items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            seen.add(tensor.data_ptr())
+            kept[key] = tensor.detach().cpu().contiguous()
+    return kept
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder was written by :func:`save_model`."""
+    return (folder / MANIFEST).is_file() and (folder / "config.yaml").is_file()
+
+
+def find_model_folder(path: str | Path) -> Path:
+    """The model folder that a path means: itself, or the one in a run's or a checkpoint's folder.
+
+    Raises :class:`CheckpointError` with what was looked for.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise CheckpointError(f"there is no folder {root}")
+    for candidate in (root, root / "model", *sorted(root.glob("*/model"), key=lambda p: p.stat().st_mtime)[::-1]):
+        if is_model_folder(candidate):
+            return candidate
+    raise CheckpointError(
+        f"{root} holds no minivlm model ({MANIFEST} and config.yaml), nor does {root / 'model'}; "
+        "a run that was interrupted before its first checkpoint has none"
+    )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a model folder; raises :class:`CheckpointError` if it is of a newer format."""
+    try:
+        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
+    if raw.get("format", 0) > FORMAT:
+        raise CheckpointError(f"{folder} was written by a newer minivlm ({raw.get('minivlm')}); update this one")
+    known = Manifest.__dataclass_fields__
+    return Manifest(**{key: value for key, value in raw.items() if key in known})
+
+
+def load_weights(model: VisionLanguageModel, folder: Path) -> LoadReport:
+    """Fill a model from a model folder; base weights must already be in place.
+
+    Raises :class:`CheckpointError` with the report when a tensor is left over, has another shape, or is
+    missing although no base provides it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    manifest = read_manifest(folder)
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    own = model.state_dict()
+    ties = {own[key].data_ptr() for key in state if key in own}
+    from_base = {
+        key
+        for key in own
+        for part in [key.split(".")[0]]
+        if part not in manifest.complete and getattr(getattr(model, part), "source", None)
+    }
+    wanted = {k: t for k, t in own.items() if k in state or (t.data_ptr() not in ties and k not in from_base)}
+    report = LoadReport.compare(wanted, state)
+    _check_sources(model, manifest, folder)
+    if not report.complete or report.unexpected:
+        raise CheckpointError(f"{folder} is a checkpoint of another model:\n{report}")
+    model.load_state_dict(state, strict=False)
+    return report
+
+
+def _check_sources(model: VisionLanguageModel, manifest: Manifest, folder: Path) -> None:
+    for part, source in manifest.sources.items():
+        own = getattr(getattr(model, part), "source", None)
+        if part in manifest.complete or not source or not own:
+            continue
+        if source.get("sha256") and own.get("sha256") and source["sha256"] != own["sha256"]:
+            raise CheckpointError(
+                f"{folder} was trained on other weights of {part} than those in {own.get('path')}: "
+                f"hash {source['sha256'][:12]} against {own['sha256'][:12]}"
+            )

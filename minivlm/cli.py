@@ -1,0 +1,218 @@
+"""The command line: ``minivlm train | eval | chat | demo | check-data | list | doctor``.
+
+Arguments are parsed and the experiment file is checked before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from minivlm import __version__, registry
+
+if TYPE_CHECKING:
+    from minivlm.config import Experiment
+
+INTERRUPTED = 130
+BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
+        "train": (train, "run an experiment file: all its stages, then its evaluation"),
+        "eval": (evaluate, "evaluate the last stage of an experiment file"),
+        "chat": (chat, "talk to a model in the terminal"),
+        "demo": (demo, "open the web page of a model"),
+        "check-data": (check_data, "read the data of an experiment file and report what is wrong"),
+        "list": (list_names, "registered names, by kind"),
+        "doctor": (doctor, "versions, devices, missing extras"),
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"minivlm {__version__}\n\nusage: minivlm COMMAND ...\n")
+        for name, (_, summary) in commands.items():
+            print(f"  {name:<12} {summary}")
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    if arguments[0] not in commands:
+        near = registry.suggest(arguments[0], commands)
+        print(f"minivlm: unknown command '{arguments[0]}'{near}; minivlm --help lists them", file=sys.stderr)
+        return BAD_INPUT
+    return commands[arguments[0]][0](arguments[1:])
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Run ``work``; errors that mean bad input become one message and exit code 2, without a traceback."""
+    from minivlm.config import ConfigError
+
+    try:
+        return work()
+    except (ConfigError, registry.RegistryError) as error:
+        print(error, file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if not getattr(type(error), "__module__", "").startswith("minivlm") and not isinstance(
+            error, (OSError, ImportError)
+        ):
+            raise
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def train(argv: list[str]) -> int:
+    """``minivlm train`` and ``train.py``."""
+    parser = _experiment_parser("train", "Run an experiment file.")
+    parser.add_argument("--dry-run", action="store_true", help="show what would happen; nothing is trained or written")
+    arguments = _parse(parser, argv)
+
+    def work() -> int:
+        experiment = _load(arguments)
+        return _dry_run(experiment) if arguments.dry_run else _run(experiment, argv)
+
+    return guarded(work)
+
+
+def evaluate(argv: list[str]) -> int:
+    """``minivlm eval``: the last stage with ``run.evaluate``, on the model that the stage has trained."""
+    arguments = _parse(_experiment_parser("eval", "Evaluate the last stage of an experiment file."), argv)
+
+    def work() -> int:
+        experiment = _load(arguments)
+        stage = experiment.stages[-1]
+        stage.run.evaluate = True
+        if stage.model.checkpoint is None:
+            stage.model.checkpoint = stage.run.output_dir
+        experiment.stages = [stage]
+        return _run(experiment, argv)
+
+    return guarded(work)
+
+
+def _load(arguments: argparse.Namespace) -> Experiment:
+    from minivlm.config import load_config
+
+    experiment = load_config(arguments.cfg_path, arguments.options or ())
+    for note in experiment.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return experiment
+
+
+def _dry_run(experiment: Experiment) -> int:
+    from rich.console import Console
+
+    from minivlm.runners.dry_run import dry_run
+
+    return 0 if dry_run(experiment, Console()) else 1
+
+
+def _run(experiment: Experiment, argv: Sequence[str]) -> int:
+    from rich.console import Console
+
+    from minivlm.runners.experiment import is_main_process, run_experiment
+    from minivlm.runners.runner import Interrupted
+
+    try:
+        run_experiment(experiment, Console())
+    except Interrupted as stop:
+        if is_main_process():
+            script = sys.argv[0] if sys.argv[0].endswith(".py") else "minivlm train"
+            runner = f"python {script}" if script.endswith(".py") else script
+            print(f"\n{stop}\nto go on: {runner} {shlex.join(argv)}", file=sys.stderr)
+        return INTERRUPTED
+    if is_main_process():
+        stage = experiment.stages[-1]
+        print(f"model: {stage.run.output_dir}\ntalk to it: minivlm demo {stage.run.output_dir}")
+    return 0
+
+
+def chat(argv: list[str]) -> int:
+    """``minivlm chat FOLDER_OR_YAML``."""
+    return _talk(["--cli"], argv)
+
+
+def demo(argv: list[str]) -> int:
+    """``minivlm demo FOLDER_OR_YAML``."""
+    return _talk([], argv)
+
+
+def _talk(flags: list[str], argv: list[str]) -> int:
+    from minivlm.serve.demo import main as demo_main
+
+    if argv and not argv[0].startswith("-"):
+        argv = ["--cfg-path", *argv]
+    return demo_main([*argv, *flags])
+
+
+def check_data(argv: list[str]) -> int:
+    """``minivlm check-data``: read samples of every dataset and report."""
+    parser = _experiment_parser("check-data", "Read the data of an experiment file and report what is wrong.")
+    parser.add_argument("--limit", type=int, default=1000, help="samples to read of every split (default 1000)")
+    arguments = _parse(parser, argv)
+
+    def work() -> int:
+        from rich.console import Console
+
+        from minivlm.tasks.check_data import check_experiment
+
+        return 0 if check_experiment(_load(arguments), Console(), arguments.limit) else 1
+
+    return guarded(work)
+
+
+def list_names(argv: list[str]) -> int:
+    """``minivlm list [KIND]``: registered names; imports none of them."""
+    from minivlm.config import list_model_defaults
+
+    parser = argparse.ArgumentParser(prog="minivlm list", description="Registered names.")
+    parser.add_argument("kind", nargs="?", choices=(*registry.KINDS, "model"), help="one kind only")
+    kind = parser.parse_args(argv).kind
+    for each in (kind,) if kind else (*registry.KINDS, "model"):
+        print(each)
+        if each == "model":
+            for arch, model_type in list_model_defaults():
+                print(f"  arch: {arch}, model_type: {model_type}")
+            continue
+        for name in registry.names(each):
+            print(f"  {name:<28} {registry.entry(each, name).summary}".rstrip())
+    return 0
+
+
+def doctor(argv: list[str]) -> int:
+    """``minivlm doctor``."""
+    from minivlm.doctor import main as doctor_main
+
+    return doctor_main(argv)
+
+
+def _experiment_parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"minivlm {command}", description=description)
+    parser.add_argument("config", nargs="?", help="experiment file (or --cfg-path)")
+    parser.add_argument("--cfg-path", help="experiment file")
+    parser.add_argument("--options", nargs="+", metavar="KEY=VALUE", help="override keys, e.g. run.init_lr=1e-4")
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    arguments = parser.parse_args(argv)
+    arguments.cfg_path = arguments.cfg_path or arguments.config
+    if arguments.cfg_path is None:
+        parser.error("give an experiment file: --cfg-path train_configs/quickstart.yaml")
+    return arguments
+
+
+if hasattr(signal, "SIGPIPE"):  # `minivlm list | head` ends quietly
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The packaged defaults of models and datasets, which lie beneath what a file says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minivlm import builtins
+from minivlm.config.errors import ConfigError, Problem
+from minivlm.config.experiment import StageConfig
+from minivlm.config.interpolation import peek
+from minivlm.config.layers import overlay
+from minivlm.config.source import KeyPath, Tree, read_yaml
+from minivlm.registry import suggest
+
+FOLDER = builtins.CONFIGS
+"""Holds ``models/<arch>_<model_type>.yaml`` and ``datasets/<name>/<type>.yaml``."""
+
+
+def list_model_defaults() -> list[tuple[str, str]]:
+    """All packaged models as (arch, model_type), sorted."""
+    found = []
+    for file in sorted((FOLDER / "models").glob("*.yaml")):
+        arch = read_yaml(file).get(("model", "arch"))
+        if isinstance(arch, str) and file.stem.startswith(f"{arch}_"):
+            found.append((arch, file.stem[len(arch) + 1 :]))
+        else:
+            head, _, tail = file.stem.partition("_")
+            found.append((head, tail))
+    return sorted(found)
+
+
+def add_model_defaults(tree: Tree, problems: list[Problem]) -> Tree | None:
+    """Lay the tree over the file that ``model.arch`` and ``model.model_type`` select.
+
+    Returns None, with the problems noted, if there is no such file.
+    """
+    arch, model_type = peek(tree, ("model", "arch")), peek(tree, ("model", "model_type"))
+    if arch is None and model_type is None:
+        return tree
+    file = FOLDER / "models" / f"{arch}_{model_type}.yaml"
+    if None in (arch, model_type) or not file.is_file():
+        problems.append(_no_such_model(tree, arch, model_type))
+        return None
+    try:
+        return overlay(_under(read_yaml(file), ("model",)), tree, StageConfig)
+    except ConfigError as error:
+        problems += error.problems
+        return None
+
+
+def add_dataset_defaults(tree: Tree, problems: list[Problem]) -> Tree:
+    """Lay every dataset's node over the file that its ``name`` and ``type`` select; consumes ``type``."""
+    datasets = tree.get(("datasets",))
+    if not isinstance(datasets, dict):
+        return tree
+    merged = tree
+    for key, node in datasets.items():
+        path = ("datasets", str(key))
+        given = node if isinstance(node, dict) else {"name": node} if isinstance(node, str) else {}
+        name = peek(tree, (*path, "name")) if given.get("name") is not None else key
+        name = given["name"] if isinstance(node, str) else name
+        kind = peek(tree, (*path, "type")) if given.get("type") is not None else "default"
+        file = FOLDER / "datasets" / str(name) / f"{kind}.yaml"
+        if file.is_file():
+            try:
+                merged = overlay(_under(read_yaml(file), path, str(name)), merged, StageConfig)
+            except ConfigError as error:
+                problems += error.problems
+        elif kind != "default":
+            known = sorted(p.stem for p in file.parent.glob("*.yaml"))
+            there = f"there are: {', '.join(known)}" if known else "it has none"
+            problem = f"dataset '{name}' has no type '{kind}'{suggest(kind, known)}; {there}"
+            problems.append(tree.problem((*path, "type"), problem))
+        node = merged.get(path)
+        if isinstance(node, dict) and "type" in node:
+            merged.values["datasets"][key] = {k: v for k, v in node.items() if k != "type"}
+            merged.marks.pop((*path, "type"), None)
+    return merged
+
+
+def _no_such_model(tree: Tree, arch: Any, model_type: Any) -> Problem:
+    models = list_model_defaults()
+    archs = sorted({known for known, _ in models})
+    types = [known for of, known in models if of == arch]
+    if arch is None:
+        message = f"needs model.arch beside it; there are: {', '.join(archs) or 'none'}"
+        return tree.problem(("model", "model_type"), message)
+    if not types:
+        message = f"unknown arch '{arch}'{suggest(arch, archs)}; there are: {', '.join(archs) or 'none'}"
+        return tree.problem(("model", "arch"), message)
+    if model_type is None:
+        return tree.problem(("model", "arch"), f"needs model.model_type beside it; there are: {', '.join(types)}")
+    message = f"unknown model_type '{model_type}' of '{arch}'{suggest(model_type, types)}; "
+    return tree.problem(("model", "model_type"), f"{message}there are: {', '.join(types)}")
+
+
+def _under(tree: Tree, path: KeyPath, name: str = "") -> Tree:
+    """A file of defaults as a tree whose node stands at ``path``.
+
+    The file holds the node itself or, like an experiment, the sections around it (``model: ...``,
+    ``datasets: {name: ...}``).
+    """
+    inside = (path[0], name) if name else path
+    start: KeyPath = inside if isinstance(tree.get(inside), dict) else ()
+    node = tree.sub(start) if start else tree
+    # The file belongs to this name, whatever key the node stands under.
+    values: Any = {"name": name} | node.values if name else node.values
+    for key in reversed(path):
+        values = {key: values}
+    marks = {path + key: mark for key, mark in node.marks.items()}
+    return Tree(values, marks | {path[:n]: node.locate(()) for n in range(len(path))})

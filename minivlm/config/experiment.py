@@ -1,0 +1,145 @@
+"""The schema of an experiment file: the sections ``model``, ``datasets``, ``run`` and ``stages``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minivlm.schema import ModelPart, Part, setting
+
+
+@dataclass
+class ModelConfig:
+    """Section ``model``: the parts, or a checkpoint that describes them."""
+
+    arch: str | None = setting(None, help="family of packaged defaults, as `minivlm list model` shows them")
+    model_type: str | None = setting(None, help="member of the family")
+    vision_encoder: ModelPart | None = setting(None, part="vision_encoder")
+    connector: ModelPart | None = setting(None, part="connector")
+    language_model: ModelPart | None = setting(None, part="language_model")
+    template: Part | None = setting(None, part="template", help="how a conversation becomes text")
+    processor: Part | None = setting(factory=lambda: {"name": "vlm"}, part="processor")
+    checkpoint: str | None = setting(
+        None, help="folder written by minivlm to start from; alone it also brings the parts"
+    )
+
+
+@dataclass
+class RunConfig:
+    """Section ``run``: the task, the optimiser, the loop and what it leaves behind."""
+
+    task: str = setting("image_text_pretrain", registered="task")
+    runner: str = setting("runner_base", registered="runner")
+    output_dir: str = setting("output/run", help="folder for checkpoints, logs and reports")
+    seed: int = setting(42, ge=0)
+    evaluate: bool = setting(False, help="only evaluate, do not train")
+
+    # data
+    batch_size_train: int = setting(32, ge=1, help="samples per process and micro batch")
+    batch_size_eval: int = setting(64, ge=1)
+    accum_grad_iters: int = setting(1, ge=1, help="micro batches per optimiser step")
+    num_workers: int = setting(0, ge=0, help="processes that load data")
+    train_splits: list[str] = setting(factory=lambda: ["train"])
+    valid_splits: list[str] = setting(factory=list)
+    test_splits: list[str] = setting(factory=list)
+    group_by_length: bool = setting(True, help="batch samples of similar length together")
+    on_bad_sample: str = setting("skip", choices=("skip", "raise"))
+    max_bad_share: float = setting(0.01, ge=0, le=1, help="abort when more than this share is bad")
+    feature_cache: str | None = setting(None, help="folder that keeps the output of a frozen vision encoder")
+
+    # length of the training
+    max_epoch: int = setting(1, ge=1)
+    iters_per_epoch: int | None = setting(None, ge=1, help="optimiser steps of an epoch; default: the data once")
+    max_steps: int | None = setting(None, ge=1, help="stop after this many optimiser steps")
+
+    # optimiser and schedule
+    lr_sched: str = setting("linear_warmup_cosine_lr", registered="lr_scheduler")
+    init_lr: float = setting(1e-4, gt=0)
+    min_lr: float = setting(0.0, ge=0)
+    warmup_lr: float = setting(0.0, ge=-1, help="rate at the start of the warm-up; -1: init_lr")
+    warmup_steps: int = setting(0, ge=0)
+    lr_decay_rate: float | None = setting(None, gt=0, le=1, help="factor per epoch of the step schedule")
+    weight_decay: float = setting(0.05, ge=0)
+    beta1: float = setting(0.9, ge=0, lt=1)
+    beta2: float = setting(0.999, ge=0, lt=1)
+    max_grad_norm: float | None = setting(1.0, gt=0, help="clip the gradient norm; null: do not clip")
+
+    # machine
+    device: str = setting("auto", help="auto, cpu, cuda, cuda:1, mps")
+    precision: str = setting("auto", choices=("auto", "bf16", "fp16", "fp32"))
+    engine: str = setting("auto", choices=("auto", "single", "ddp"))
+
+    # state and logs
+    resume: str = setting("auto", help="auto, none, or the path of a checkpoint")
+    save_freq: int | None = setting(None, ge=1, help="optimiser steps between checkpoints; default: one an epoch")
+    keep_last: int = setting(2, ge=1, help="checkpoints that are kept beside the best")
+    eval_freq: int | None = setting(None, ge=1, help="optimiser steps between evaluations of valid_splits")
+    log_freq: int = setting(10, ge=1, help="steps between printed lines where there is no terminal")
+    trackers: list[str] = setting(factory=list, choices=("tensorboard", "wandb"))
+    job_name: str | None = setting(None, help="name shown by the trackers")
+    nan_patience: int = setting(5, ge=0, help="non-finite steps in a row that are skipped before the run aborts")
+
+    # evaluation by generation
+    num_beams: int = setting(1, ge=1)
+    max_len: int = setting(16, ge=1, help="new tokens per answer")
+    max_eval_samples: int | None = setting(None, ge=1, help="evaluate only so many samples during training")
+
+
+@dataclass
+class DemoConfig:
+    """Section ``demo``: what `demo.py` starts with."""
+
+    title: str = "minivlm"
+    examples: list[str] = setting(factory=list, help="questions offered below the text box")
+    max_new_tokens: int = setting(64, ge=1)
+    temperature: float = setting(0.0, ge=0, le=2, help="0: greedy")
+    num_beams: int = setting(1, ge=1, le=10)
+    max_upload_mb: int = setting(20, ge=1)
+
+
+@dataclass
+class StageConfig:
+    """One resolved stage of an experiment: what a runner is given."""
+
+    model: ModelConfig
+    datasets: dict[str, Part] = setting(factory=dict, part="dataset")
+    run: RunConfig = field(default_factory=RunConfig)
+    demo: DemoConfig = field(default_factory=DemoConfig)
+    name: str = "train"
+
+
+@dataclass
+class Experiment:
+    """A whole file: one or several stages that run one after the other."""
+
+    stages: list[StageConfig]
+    source: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    imports: list[str] = field(default_factory=list)
+
+    def stage(self, name: str) -> StageConfig:
+        """The stage of that name; raises KeyError with the known names."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(f"no stage '{name}'; stages: {', '.join(s.name for s in self.stages)}")
+
+
+def to_container(value: Any) -> Any:
+    """Plain dicts and lists of a config (parts as ``{name: ..., <settings>}``), ready for YAML."""
+    import dataclasses
+
+    if isinstance(value, Part):
+        node: dict[str, Any] = {"name": value.name}
+        for f in dataclasses.fields(value):
+            if f.name not in ("name", "config"):
+                node[f.name] = to_container(getattr(value, f.name))
+        return node | to_container(value.config)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_container(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_container(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_container(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,37 @@
+"""Settings of the datasets (free of torch: they are the schema of the YAML nodes)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minivlm.schema import setting
+
+
+@dataclass(kw_only=True)
+class DatasetConfig:
+    """What every dataset node may hold."""
+
+    sample_ratio: float | None = setting(None, gt=0, help="weight in the mix; default: every sample once an epoch")
+    max_samples: int | None = setting(None, ge=1, help="use only the first so many samples of a split")
+
+
+@dataclass(kw_only=True)
+class LlavaJsonConfig(DatasetConfig):
+    """LLaVA-1.5 records: ``{id, image: path or list, conversations: [{from, value}]}``."""
+
+    annotations: dict[str, str] | str = setting(help="JSON or JSONL file, or one for each split")
+    images: str | None = setting(None, help="folder of the pictures; default: the annotation file's folder")
+
+
+@dataclass(kw_only=True)
+class EasyVQAConfig(DatasetConfig):
+    """easy-VQA from its PyPI package, with the official test split."""
+
+    form: str = setting(
+        "question",
+        choices=("caption", "conversation", "question"),
+        help="of the training split: a caption of the shape; conversations about a picture; single questions. "
+        "The other splits always hold single questions",
+    )
+    max_turns: int = setting(4, ge=1, help="questions of one conversation")
+    val_images: int = setting(200, ge=0, lt=4000, help="training pictures set aside as split `val`")

@@ -1,0 +1,143 @@
+"""The training data of a stage: several datasets, numbered through and encoded in worker processes."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset
+
+from minivlm import registry
+from minivlm.datasets.base import DatasetBuilder, DatasetError
+from minivlm.datasets.sampling import BatchPlan, RankBatches
+from minivlm.processors.processor import VLMProcessor
+from minivlm.schema import Part
+from minivlm.types import Batch, Encoded, Sample, SampleError
+
+MAX_REPLACEMENTS = 100
+
+
+def build_datasets(nodes: Mapping[str, Part]) -> dict[str, DatasetBuilder[Any]]:
+    """The dataset builders of section ``datasets``, by the key of their node."""
+    return {key: registry.get("dataset", part.name)(part.config, key) for key, part in nodes.items()}
+
+
+def build_split(builders: Mapping[str, DatasetBuilder[Any]], splits: Sequence[str]) -> list[Sequence[Sample]]:
+    """The samples of every dataset that offers one of the splits.
+
+    Raises :class:`DatasetError` for a split that no dataset offers, and for an empty one.
+    """
+    for split in splits:
+        if not any(split in builder.splits for builder in builders.values()):
+            offered = ", ".join(f"{key}: {'/'.join(b.splits)}" for key, b in builders.items()) or "no datasets"
+            raise DatasetError(f"no dataset has a split '{split}' ({offered})")
+    found = []
+    for key, builder in builders.items():
+        for split in splits:
+            if split in builder.splits:
+                samples = builder.build(split)
+                limit = getattr(builder.config, "max_samples", None)
+                if limit is not None and len(samples) > limit:
+                    samples = Head(samples, limit)
+                if len(samples) == 0:
+                    raise DatasetError(f"datasets.{key}: split '{split}' is empty")
+                found.append(samples)
+    return found
+
+
+class Head(Sequence[Sample]):
+    """The first samples of a sequence, without copying it."""
+
+    def __init__(self, samples: Sequence[Sample], size: int):
+        self.samples, self.size = samples, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        return self.samples[index]
+
+
+class TrainingSet(Dataset[Encoded]):
+    """Samples of several sequences as :class:`Encoded`.
+
+    With ``on_bad_sample: skip`` a bad sample is replaced by the next good one and reported in the result's
+    ``skipped``, so every batch is full and every process takes as many steps.
+    """
+
+    def __init__(self, sources: Sequence[Sequence[Sample]], processor: VLMProcessor, seed: int, on_bad_sample: str):
+        self.sources, self.processor, self.seed = list(sources), processor, seed
+        self.skips_bad = on_bad_sample == "skip"
+        self.ends = list(accumulate(len(source) for source in self.sources))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def sample(self, index: int) -> Sample:
+        """The sample of a number; raises :class:`SampleError` if it cannot be made."""
+        k = bisect_right(self.ends, index)
+        return self.sources[k][index - (self.ends[k] - len(self.sources[k]))]
+
+    def __getitem__(self, key: tuple[int, int]) -> Encoded:
+        index, data_pass = key
+        skipped: list[SampleError] = []
+        for step in range(min(MAX_REPLACEMENTS, len(self))):
+            try:
+                sample = self.sample((index + step) % len(self))
+                encoded = self.processor.encode(sample, seed=hash((self.seed, data_pass)))
+                encoded.skipped = skipped
+                return encoded
+            except SampleError as error:
+                if not self.skips_bad:
+                    raise
+                skipped.append(error)
+        raise DatasetError(f"{len(skipped)} bad samples in a row, the last: {skipped[-1]}")
+
+    def lengths(self) -> list[int]:
+        """Length of every sample in characters, pictures counted as their tokens (4 characters each)."""
+        image = 4 * self.processor.tokens_per_image
+        result = []
+        for index in range(len(self)):
+            try:
+                sample = self.sample(index)
+                result.append(sum(len(m.content or "") for m in sample.messages) + image * len(sample.images))
+            except SampleError:
+                result.append(0)
+        return result
+
+
+def make_loader(
+    data: TrainingSet, plan: BatchPlan, *, start: int, stop: int, rank: int, world: int, workers: int, pin: bool
+) -> DataLoader[Encoded]:
+    """Batches ``start`` to ``stop`` of a plan for one process, made by ``workers`` processes."""
+    return DataLoader(
+        data,
+        batch_sampler=RankBatches(plan, start, stop, rank, world),
+        collate_fn=_Collate(data.processor),
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_quiet_worker if workers else None,
+    )
+
+
+class _Collate:
+    """``processor.collate`` as a callable that can be sent to a worker."""
+
+    def __init__(self, processor: VLMProcessor):
+        self.processor = processor
+
+    def __call__(self, samples: list[Encoded]) -> Batch:
+        return self.processor.collate(samples)
+
+
+def _quiet_worker(_: int) -> None:
+    import signal
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C means

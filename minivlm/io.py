@@ -1,0 +1,68 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".unfinished-"
+"""Prefix of what is still being written; such names are never read and may be deleted."""
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Write into the yielded folder; it becomes ``target`` only when the block ends without an error.
+
+    An old ``target`` stays as it is until then. On an error (a full disk, Ctrl-C) nothing is left behind.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.parent / f"{TEMPORARY}{target.name}-{os.getpid()}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        for file in unfinished.rglob("*"):
+            if file.is_file():
+                sync(file)
+        replaced = None
+        if target.exists():
+            replaced = target.parent / f"{TEMPORARY}{target.name}-old-{os.getpid()}"
+            target.rename(replaced)
+        unfinished.rename(target)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def write_atomic(target: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.parent / f"{TEMPORARY}{target.name}-{os.getpid()}"
+    try:
+        if isinstance(content, bytes):
+            unfinished.write_bytes(content)
+        else:
+            unfinished.write_text(content, encoding="utf-8")
+        sync(unfinished)
+        unfinished.replace(target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write JSON atomically, readable and with full precision."""
+    write_atomic(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sync(file: Path) -> None:
+    """Make sure that the content of a file has reached the disk."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())

@@ -1,0 +1,75 @@
+"""Any causal language model of transformers, held as a child and fed with embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minivlm.models.base import LanguageModel, on_meta_device
+from minivlm.models.configs import HFLanguageModelConfig
+from minivlm.models.hub import from_pretrained, load_hf_config, source_of
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class HFLanguageModel(LanguageModel):
+    """The decoder and the output head are called apart, so that the head runs on chosen positions only."""
+
+    def __init__(self, config: HFLanguageModelConfig, vocab_size: int):
+        super().__init__()
+        from transformers import AutoModelForCausalLM
+
+        part = "model.language_model"
+        scratch = None if config.config is None else {"vocab_size": vocab_size, **config.config}
+        hf = load_hf_config(part, config.path, scratch, config.revision)
+        arguments: dict[str, Any] = {"attn_implementation": config.attention}
+        if config.dtype:
+            arguments["dtype"] = DTYPES[config.dtype]
+        if config.path is None or on_meta_device():
+            self.model: Any = AutoModelForCausalLM.from_config(hf, **arguments)
+        else:
+            self.model = from_pretrained(part, AutoModelForCausalLM, config.path, revision=config.revision, **arguments)
+            self.source = source_of(config.path, config.revision)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.hidden_size = self.model.get_input_embeddings().embedding_dim
+        self.vocab_size = self.model.get_input_embeddings().num_embeddings
+        text = hf.get_text_config()
+        self.softcap = getattr(text, "final_logit_softcapping", None)  # Gemma 2 and 3
+        self.logit_scale = _logit_scale(text)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage type of the embeddings, the type in which inputs are expected."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[B, L] -> [B, L, hidden_size]."""
+        return self.model.get_input_embeddings()(ids)
+
+    def forward(self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
+        """[B, L, hidden_size] -> normed hidden states of the last layer, same shape."""
+        decoder: nn.Module = self.model.get_decoder()
+        return decoder(
+            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[..., hidden_size] -> logits [..., vocab_size], as the model's own forward computes them."""
+        logits = self.model.get_output_embeddings()(hidden) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def generate(self, embeds: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+        """Left-padded embeddings -> new ids [B, T], finished rows filled with the pad id."""
+        defaults = {"do_sample": False, "num_beams": 1}
+        return self.model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **defaults | options)
+
+
+def _logit_scale(config: Any) -> float:
+    if getattr(config, "logit_scale", None):  # Cohere
+        return float(config.logit_scale)
+    if getattr(config, "logits_scaling", None):  # Granite
+        return 1.0 / float(config.logits_scaling)
+    return 1.0

@@ -1,0 +1,78 @@
+"""Settings of templates and processors (free of torch: they are the schema of the YAML nodes)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from minivlm.schema import Part, setting
+
+
+@dataclass
+class TemplateConfig:
+    """How a conversation becomes text, and which of it is supervised.
+
+    One turn is ``user_prefix + text + user_suffix + assistant_prefix | answer_prefix + answer +
+    assistant_suffix | turn_end``; what stands between the two bars is supervised, and a generation
+    prompt ends at the first bar. ``cut`` names the places at which the text is split before it is
+    tokenised, since token ids depend on that.
+    """
+
+    system: str = setting("", help="system text")
+    system_prefix: str = ""
+    system_suffix: str = ""
+    system_in_user: bool = setting(False, help="the system text stands inside the first user turn")
+    user_prefix: str = ""
+    user_suffix: str = ""
+    user_text: str = setting("keep", choices=("keep", "drop"), help="drop: only the pictures of a user turn stay")
+    assistant_prefix: str = ""
+    answer_prefix: str = setting("", help="blank between the prefix and the answer, supervised with it")
+    assistant_suffix: str = setting("", help="end of an answer, supervised")
+    turn_end: str = setting("", help="text behind an answer that is not supervised")
+    turn_separator: str = setting("", help="text before every user turn but the first")
+    image: str = setting("{image}", help="text around the visual tokens of a picture")
+    markers: str = setting(
+        "keep",
+        choices=("keep", "collapse_to_front"),
+        help="collapse_to_front: all markers of a message become one, with a line break, at its front",
+    )
+    cut: list[str] = setting(
+        factory=lambda: ["image"], choices=("image", "answer"), help="where text is split before tokenisation"
+    )
+    bos: str = setting("auto", choices=("auto", "always", "never"), help="auto: as the tokenizer does by itself")
+    supervise: str = setting("all", choices=("all", "last"), help="which answers are supervised")
+    leading_assistant: str = setting("error", choices=("error", "drop"), help="a first turn of the assistant")
+    stop: list[str] = setting(factory=list, help="strings that end an answer")
+    chat: dict[str, Any] = setting(factory=dict, help="keys that differ when the model is talked to")
+
+
+@dataclass
+class ImageConfig:
+    """How a picture becomes a tensor; what is not set comes from the vision encoder."""
+
+    size: int | None = setting(None, ge=1, help="side in pixels; default: the encoder's")
+    resize: str | None = setting(
+        None,
+        choices=("squash", "shortest_edge", "pad"),
+        help="squash to a square; shortest edge and centre crop; pad to a square first",
+    )
+    interpolation: str | None = setting(None, choices=("nearest", "bilinear", "bicubic", "lanczos"))
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
+@dataclass
+class ProcessorConfig:
+    """How a sample becomes ids, labels and pixels."""
+
+    image: Part = setting(factory=lambda: {"name": "image"}, part="processor")
+    max_length: int = setting(2048, ge=1, help="longest sequence in tokens, visual tokens included")
+    on_overflow: str = setting(
+        "cut_text",
+        choices=("cut_text", "error"),
+        help="a longer training sample: cut behind the last picture, or refuse",
+    )
+    max_answer_tokens: int | None = setting(None, ge=1, help="cut what follows the first prompt to this length")
+    prompts: list[str] = setting(
+        factory=list, help="user texts from which one is drawn for a picture that has only a caption"
+    )

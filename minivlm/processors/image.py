@@ -1,0 +1,98 @@
+"""Pictures to tensors with PIL and numpy, which match the original implementations bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from minivlm.processors.configs import ImageConfig
+
+if TYPE_CHECKING:
+    import torch
+
+_RESAMPLE = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def open_image(image: Any) -> Image.Image:
+    """A path or PIL image as RGB; an alpha channel is dropped, as the published systems do.
+
+    Raises OSError for a file that is missing or no readable picture.
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise OSError(f"picture {image} is too large: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no picture {image}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise OSError(f"cannot read picture {image}: {error}") from error
+
+
+def image_hash(image: Any) -> str:
+    """Hash of a picture's content: the bytes of the file, or the pixels of a PIL image."""
+    if isinstance(image, Image.Image):
+        return hashlib.sha1(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
+    return hashlib.sha1(Path(image).read_bytes()).hexdigest()
+
+
+class ImageTransform:
+    """Resize, crop or pad, normalise; keys that the config leaves open come from the encoder."""
+
+    def __init__(self, config: ImageConfig, encoder_settings: Mapping[str, Any]):
+        own = {key: value for key, value in vars(config).items() if value is not None}
+        settings = {"resize": "squash", "interpolation": "bicubic", **encoder_settings, **own}
+        self.size: int = settings["size"]
+        self.resize: str = settings["resize"]
+        self.interpolation: str = settings["interpolation"]
+        self.mean = [float(x) for x in settings["mean"]]
+        self.std = [float(x) for x in settings["std"]]
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """RGB picture -> float32 [3, size, size]."""
+        import torch
+
+        pixels = np.asarray(self._fit(image), dtype=np.float32) / np.float32(255)
+        mean, std = np.array(self.mean, dtype=np.float32), np.array(self.std, dtype=np.float32)
+        pixels = ((pixels - mean) / std).astype(np.float32)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        resample = _RESAMPLE[self.interpolation]
+        if self.resize == "pad":
+            image = pad_to_square(image, tuple(int(x * 255) for x in self.mean))
+        if self.resize != "shortest_edge":
+            return image.resize((self.size, self.size), resample)
+        width, height = image.size
+        # the longer side is cut off, not rounded, as CLIP's processor does
+        longer = int(self.size * max(width, height) / min(width, height))
+        size = (self.size, longer) if width <= height else (longer, self.size)
+        image = image.resize(size, resample)
+        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
+        return image.crop((left, top, left + self.size, top + self.size))
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the transform would give other pixels."""
+        return hashlib.sha1(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The picture in the middle of a square of its longer side (LLaVA-1.5)."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square

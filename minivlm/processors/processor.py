@@ -1,0 +1,260 @@
+"""The processor: a sample becomes ids, labels and pixels; ids become text again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from minivlm.processors.configs import ProcessorConfig
+from minivlm.processors.image import ImageTransform, image_hash, open_image
+from minivlm.processors.template import Template, TemplateError, count_slots, tokenize
+from minivlm.types import (
+    IGNORE_INDEX,
+    IMAGE_MARKER,
+    IMAGE_TOKEN_ID,
+    Batch,
+    Encoded,
+    Message,
+    Sample,
+    SampleError,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+class FeatureLookup(Protocol):
+    """What the processor asks a feature cache."""
+
+    def get(self, key: str) -> torch.Tensor | None:
+        """Features [tokens, channels] of a picture, or None."""
+
+
+class VLMProcessor:
+    """Template, tokenizer and picture transforms of one model.
+
+    ``transforms`` has one entry for every picture input of the encoder. ``feature_cache`` may be set; then
+    pictures that it knows are neither decoded nor transformed.
+    """
+
+    def __init__(
+        self,
+        config: ProcessorConfig,
+        template: Template,
+        tokenizer: Any,
+        transforms: Mapping[str, ImageTransform],
+        tokens_per_image: int,
+    ):
+        self.config = config
+        self.template = template
+        self.tokenizer = tokenizer
+        self.transforms = dict(transforms)
+        self.tokens_per_image = tokens_per_image
+        self.feature_cache: FeatureLookup | None = None
+
+    def encode(self, sample: Sample, seed: int = 0) -> Encoded:
+        """A training sample as numbers; ``seed`` decides what is drawn at random (prompts of captions).
+
+        Raises :class:`SampleError` for a bad picture, a wrong marker count, roles out of order, a sample
+        with nothing supervised, or one that is too long.
+        """
+        encoded = self._encode(sample.id, self._with_prompt(sample, seed), sample.images, chat=False)
+        self._limit(encoded)
+        if encoded.num_supervised == 0:
+            raise SampleError(sample.id, "nothing is supervised: no answer, or it was cut off")
+        return encoded
+
+    def prompt_sample(self, sample: Sample) -> Encoded:
+        """The generation prompt of a sample: its messages with the last answer left open."""
+        messages = list(sample.messages)
+        if messages and messages[-1].role == "assistant":
+            messages.pop()
+        messages.append(Message("assistant", None))
+        encoded = self._encode(sample.id, messages, sample.images, chat=False)
+        self._refuse_long(encoded)
+        return encoded
+
+    def prompt(
+        self,
+        messages: Sequence[Message | Mapping[str, str]],
+        images: Sequence[Any] = (),
+        *,
+        chat: bool = True,
+        encoded_images: int = 0,
+    ) -> Batch:
+        """A generation prompt for a conversation as a batch of one.
+
+        Messages may be ``{"role": ..., "content": ...}`` with ``<image>`` where a picture stands; ``chat``
+        selects the template's form for talking. The first ``encoded_images`` markers belong to pictures whose
+        visual tokens the caller has; ``images`` and the batch then hold only those that follow.
+        """
+        turns = [m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in messages]
+        if not turns or turns[-1].content is not None:
+            turns.append(Message("assistant", None))
+        encoded = self._encode("prompt", turns, list(images), chat=chat, encoded_images=encoded_images)
+        self._refuse_long(encoded)
+        return self.collate([encoded], for_generation=True)
+
+    def collate(self, samples: Sequence[Encoded], *, for_generation: bool = False) -> Batch:
+        """Pad to the longest sample: on the right for training, on the left for generation.
+
+        Raises ValueError if visual tokens and reserved positions differ.
+        """
+        import torch
+
+        length = max(len(s.input_ids) for s in samples)
+        pad_id = self.tokenizer.pad_token_id or 0
+        ids = torch.full((len(samples), length), pad_id, dtype=torch.long)
+        labels = torch.full((len(samples), length), IGNORE_INDEX, dtype=torch.long)
+        mask = torch.zeros((len(samples), length), dtype=torch.long)
+        for row, sample in enumerate(samples):
+            count = len(sample.input_ids)
+            if sample.input_ids.count(IMAGE_TOKEN_ID) != sum(sample.tokens_per_image):
+                raise ValueError(f"sample '{sample.sample_id}': image positions and visual tokens differ")
+            columns = slice(length - count, length) if for_generation else slice(0, count)
+            ids[row, columns] = torch.tensor(sample.input_ids)
+            labels[row, columns] = torch.tensor(sample.labels)
+            mask[row, columns] = 1
+        pixels, features = _stack_images(samples)
+        return Batch(
+            input_ids=ids,
+            attention_mask=mask,
+            labels=None if for_generation else labels,
+            pixels=pixels,
+            features=features,
+            padding_side="left" if for_generation else "right",
+            sample_ids=[s.sample_id for s in samples],
+            skipped=[error for s in samples for error in s.skipped],
+        )
+
+    def decode(self, ids: torch.Tensor) -> list[str]:
+        """New ids [B, T] as text, cut at the end token and at the template's stop strings."""
+        return [self._decode_row(row.tolist()) for row in ids]
+
+    def decode_partial(self, ids: Sequence[int]) -> str:
+        """What the ids of an unfinished answer say for sure.
+
+        A character whose bytes are not complete and a tail that could begin a stop string are held back, so
+        the text only grows while ids follow.
+        """
+        text = self._cut(list(ids)).rstrip("\ufffd")
+        starts = (stop[:size] for stop in self.template.stop for size in range(len(stop) - 1, 0, -1))
+        held = max((len(start) for start in starts if text.endswith(start)), default=0)
+        return text[: len(text) - held].strip()
+
+    def _decode_row(self, ids: list[int]) -> str:
+        return self._cut(ids).strip()
+
+    def _cut(self, ids: list[int]) -> str:
+        """The text in front of the first end token and the first stop string."""
+        for end in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id):
+            if end is not None and end in ids:
+                ids = ids[: ids.index(end)]
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        for stop in self.template.stop:
+            text = text.split(stop)[0]
+        return text
+
+    def generation_options(self) -> dict[str, Any]:
+        """End tokens and stop strings for ``model.generate``."""
+        stops = [self.tokenizer(s, add_special_tokens=False)["input_ids"] for s in self.template.stop]
+        single = {ids[0] for ids in stops if len(ids) == 1} | {self.tokenizer.eos_token_id} - {None}
+        strings = [s for s, ids in zip(self.template.stop, stops, strict=True) if len(ids) > 1]
+        options: dict[str, Any] = {"eos_token_id": sorted(single), "pad_token_id": self.tokenizer.pad_token_id}
+        if strings:
+            options |= {"stop_strings": strings, "tokenizer": self.tokenizer}
+        return options
+
+    def image_key(self, image: Any) -> str:
+        """Key of a picture in the feature cache."""
+        return image_hash(image)
+
+    def load_pixels(self, image: Any) -> dict[str, torch.Tensor]:
+        """Every input of the encoder, [3, H, W] each, of one picture."""
+        opened = open_image(image)
+        return {name: transform(opened) for name, transform in self.transforms.items()}
+
+    def _with_prompt(self, sample: Sample, seed: int) -> list[Message]:
+        """A picture that has only a caption gets a user turn: one of the prompts, or the bare picture."""
+        messages = list(sample.messages)
+        if not messages or messages[0].role != "assistant" or not sample.images or len(messages) > 1:
+            return messages
+        prompts = self.config.prompts or [IMAGE_MARKER]
+        text = random.Random(f"{seed}/{sample.id}").choice(prompts)
+        if IMAGE_MARKER not in text:
+            text = f"{IMAGE_MARKER * len(sample.images)}\n{text}"
+        return [Message("user", text), *messages]
+
+    def _encode(
+        self,
+        sample_id: str,
+        messages: Sequence[Message],
+        images: Sequence[Any],
+        *,
+        chat: bool,
+        encoded_images: int = 0,
+    ) -> Encoded:
+        try:
+            segments = self.template.render(messages, chat=chat)
+        except TemplateError as error:
+            raise SampleError(sample_id, str(error)) from error
+        slots = count_slots(segments)
+        pictures = encoded_images + len(images)
+        if slots != pictures:
+            raise SampleError(sample_id, f"{slots} {IMAGE_MARKER} markers in the text, but {pictures} pictures")
+        sizes = [self.tokens_per_image] * pictures
+        ids, labels = tokenize(segments, self.tokenizer, sizes, self.template.config.bos)
+        encoded = Encoded(ids, labels, tokens_per_image=sizes, sample_id=sample_id)
+        try:
+            self._add_images(encoded, images)
+        except OSError as error:
+            raise SampleError(sample_id, str(error)) from error
+        return encoded
+
+    def _add_images(self, encoded: Encoded, images: Sequence[Any]) -> None:
+        if self.feature_cache is not None and images:
+            cached = [self.feature_cache.get(self.image_key(image)) for image in images]
+            if all(item is not None for item in cached):
+                encoded.features = [item for item in cached if item is not None]
+                return
+        for image in images:
+            for name, pixels in self.load_pixels(image).items():
+                encoded.pixels.setdefault(name, []).append(pixels)
+
+    def _limit(self, encoded: Encoded) -> None:
+        """Cut text behind the last picture, never a picture."""
+        limit = self.config.max_length
+        if self.config.max_answer_tokens is not None:
+            first = next((i for i, label in enumerate(encoded.labels) if label != IGNORE_INDEX), 0)
+            limit = min(limit, first + self.config.max_answer_tokens)
+        if len(encoded.input_ids) <= limit:
+            return
+        if self.config.on_overflow == "error" or IMAGE_TOKEN_ID in encoded.input_ids[limit:]:
+            self._refuse_long(encoded, limit)
+        encoded.input_ids, encoded.labels = encoded.input_ids[:limit], encoded.labels[:limit]
+
+    def _refuse_long(self, encoded: Encoded, limit: int | None = None) -> None:
+        limit = limit or self.config.max_length
+        if len(encoded.input_ids) > limit:
+            visual = sum(encoded.tokens_per_image)
+            raise SampleError(
+                encoded.sample_id,
+                f"{len(encoded.input_ids)} tokens ({visual} of them visual) do not fit into {limit}; "
+                "shorten the text, use fewer pictures or raise model.processor.max_length",
+            )
+
+
+def _stack_images(samples: Sequence[Encoded]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """All pictures of a batch: pixels by input name, or cached features when every sample has them."""
+    import torch
+
+    with_images = [s for s in samples if s.tokens_per_image]
+    if not with_images:
+        return {}, None
+    if all(s.features is not None for s in with_images):
+        return {}, torch.stack([f.float() for s in with_images for f in s.features or ()])
+    if any(s.features is not None for s in with_images):
+        raise ValueError("a batch mixes cached and uncached pictures; rebuild the feature cache")
+    names = with_images[0].pixels
+    return {name: torch.stack([p for s in with_images for p in s.pixels[name]]) for name in names}, None

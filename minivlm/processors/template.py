@@ -1,0 +1,206 @@
+"""The template engine: one function from messages to segments, one from segments to ids and labels.
+
+Both the ids and the mask come from the same segments, so they cannot disagree. The mask follows from the
+character offsets of the supervised spans; text is never tokenised a second time to count it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minivlm.processors.configs import TemplateConfig
+from minivlm.types import IGNORE_INDEX, IMAGE_MARKER, IMAGE_TOKEN_ID, Message
+
+
+class TemplateError(ValueError):
+    """Messages that a template cannot render."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of the rendered conversation."""
+
+    text: str
+    supervised: bool = False
+
+
+@dataclass(frozen=True)
+class ImageSlot:
+    """The place of the next picture's visual tokens."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place at which the text is split before it is tokenised."""
+
+
+Segment = Text | ImageSlot | Cut
+
+
+class Template:
+    """Renders conversations as a :class:`TemplateConfig` says."""
+
+    def __init__(self, config: TemplateConfig):
+        self.config = config
+        unknown = set(config.chat) - {f.name for f in dataclasses.fields(config)}
+        if unknown:
+            raise TemplateError(f"template.chat: unknown keys {', '.join(sorted(unknown))}")
+        self.chat_config = dataclasses.replace(config, **config.chat, chat={})
+
+    @property
+    def stop(self) -> list[str]:
+        """Strings that end an answer; without any given, the text that closes an assistant turn."""
+        return self.config.stop or [s for s in [self.config.assistant_suffix.strip()] if s]
+
+    def render(self, messages: Sequence[Message], *, chat: bool = False) -> list[Segment]:
+        """Messages to segments; a last assistant message without content leaves the turn open.
+
+        ``chat`` selects the form for talking where it differs from the form for training. Raises
+        :class:`TemplateError` for roles out of order and for empty answers.
+        """
+        config = self.chat_config if chat else self.config
+        system, turns = _check_turns(config, messages)
+        answers = [i for i, m in enumerate(turns) if m.role == "assistant" and m.content is not None]
+        segments: list[Segment] = []
+        system_text = config.system_prefix + system + config.system_suffix if system else ""
+        if not config.system_in_user:
+            segments.append(Text(system_text))
+        for index, message in enumerate(turns):
+            if message.role == "user":
+                segments.append(Text(config.turn_separator if index else ""))
+                segments.append(Text(config.user_prefix))
+                segments.append(Text(system_text if config.system_in_user and index == 0 else ""))
+                segments += _user_content(config, message.content or "")
+                segments.append(Text(config.user_suffix))
+                continue
+            segments.append(Text(config.assistant_prefix))
+            cut: list[Segment] = [Cut()] if "answer" in config.cut else []
+            segments += cut
+            if message.content is None:
+                break
+            supervised = config.supervise == "all" or index == answers[-1]
+            segments.append(Text(config.answer_prefix, supervised))
+            segments += _with_slots(config, message.content, supervised)
+            segments += [Text(config.assistant_suffix, supervised), *cut, Text(config.turn_end)]
+        return list(_joined(segments))
+
+
+def _check_turns(config: TemplateConfig, messages: Sequence[Message]) -> tuple[str, list[Message]]:
+    """The system text and the turns behind it, which must alternate and begin with the user."""
+    system = config.system
+    turns = list(messages)
+    if turns and turns[0].role == "system":
+        system = turns.pop(0).content or ""
+    if turns and turns[0].role == "assistant" and config.leading_assistant == "drop":
+        turns.pop(0)
+    if not turns:
+        raise TemplateError("no user turn")
+    for index, message in enumerate(turns):
+        expected = ("user", "assistant")[index % 2]
+        if message.role != expected:
+            raise TemplateError(f"turn {index + 1} is from '{message.role}', but '{expected}' is due")
+        if message.content is None and (message.role == "user" or index != len(turns) - 1):
+            raise TemplateError(f"turn {index + 1} has no text")
+        if message.role == "assistant" and message.content is not None and not message.content.strip():
+            raise TemplateError(f"turn {index + 1}: the answer is empty")
+    return system, turns
+
+
+def _user_content(config: TemplateConfig, content: str) -> list[Segment]:
+    if config.markers == "collapse_to_front" and IMAGE_MARKER in content:
+        content = f"{IMAGE_MARKER}\n{content.replace(IMAGE_MARKER, '').strip()}".strip()
+    if config.user_text == "drop":
+        content = IMAGE_MARKER * content.count(IMAGE_MARKER)
+    return _with_slots(config, content)
+
+
+def _with_slots(config: TemplateConfig, content: str, supervised: bool = False) -> list[Segment]:
+    before, _, after = config.image.partition("{image}")
+    pieces = content.split(IMAGE_MARKER)
+    segments: list[Segment] = [Text(pieces[0], supervised)]
+    for piece in pieces[1:]:
+        segments += [Text(before), ImageSlot(), Text(after), Text(piece, supervised)]
+    return segments
+
+
+def _joined(segments: list[Segment]) -> Iterator[Segment]:
+    """The same segments without empty texts, neighbouring texts of one kind joined."""
+    pending: Text | None = None
+    for segment in segments:
+        if not isinstance(segment, Text):
+            if pending:
+                yield pending
+            pending = None
+            yield segment
+        elif segment.text:
+            if pending and pending.supervised == segment.supervised:
+                pending = Text(pending.text + segment.text, pending.supervised)
+            else:
+                if pending:
+                    yield pending
+                pending = segment
+    if pending:
+        yield pending
+
+
+def count_slots(segments: Sequence[Segment]) -> int:
+    """Number of pictures that the segments have a place for."""
+    return sum(isinstance(segment, ImageSlot) for segment in segments)
+
+
+def tokenize(
+    segments: Sequence[Segment], tokenizer: Any, tokens_per_image: Sequence[int], bos: str = "auto"
+) -> tuple[list[int], list[int]]:
+    """Segments to ``(input_ids, labels)`` of equal length.
+
+    Every run of text between slots and cuts is tokenised once, without special tokens of the tokenizer's
+    own; a token is supervised when its characters overlap a supervised text. Picture k takes
+    ``tokens_per_image[k]`` positions of IMAGE_TOKEN_ID.
+    """
+    ids: list[int] = []
+    labels: list[int] = []
+    if bos == "always" or (bos == "auto" and adds_bos(tokenizer)):
+        ids.append(tokenizer.bos_token_id)
+        labels.append(IGNORE_INDEX)
+    sizes = iter(tokens_per_image)
+    run: list[Text] = []
+    for segment in [*segments, Cut()]:
+        if isinstance(segment, Text):
+            run.append(segment)
+            continue
+        run_ids, run_labels = _tokenize_run(run, tokenizer)
+        ids += run_ids
+        labels += run_labels
+        run = []
+        if isinstance(segment, ImageSlot):
+            size = next(sizes)
+            ids += [IMAGE_TOKEN_ID] * size
+            labels += [IGNORE_INDEX] * size
+    return ids, labels
+
+
+def _tokenize_run(run: list[Text], tokenizer: Any) -> tuple[list[int], list[int]]:
+    if not run:
+        return [], []
+    text = "".join(piece.text for piece in run)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    supervised = bytearray(len(text))
+    position = 0
+    for piece in run:
+        if piece.supervised:
+            supervised[position : position + len(piece.text)] = b"\x01" * len(piece.text)
+        position += len(piece.text)
+    labels = [
+        token if any(supervised[start:end]) else IGNORE_INDEX
+        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+    return list(encoded["input_ids"]), labels
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts its BOS in front by itself."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]

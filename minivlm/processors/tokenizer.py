@@ -1,0 +1,35 @@
+"""Tokenizers: loaded by folder or hub id, always the fast kind, since masks need character offsets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be loaded or does not fit."""
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
+    """Load a tokenizer; ``asset:NAME`` is one that ships with the package.
+
+    Raises :class:`TokenizerError` if there is none, or if it cannot tell character offsets.
+    """
+    from transformers import AutoTokenizer
+
+    if path.startswith("asset:"):
+        path = str(ASSETS / path.removeprefix("asset:"))
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise TokenizerError(f"model.language_model.tokenizer: there is no folder '{path}'")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"model.language_model: cannot load a tokenizer from '{path}': {error}") from error
+    if not tokenizer.is_fast:
+        raise TokenizerError(f"the tokenizer of '{path}' has no fast version, which tells character offsets")
+    if tokenizer.pad_token_id is None:
+        # Only fills rows that a mask hides, so any id will do; the vocabulary must not grow.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer

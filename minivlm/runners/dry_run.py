@@ -1,0 +1,139 @@
+"""Everything that can be seen before a run: the resolved config, what trains, two samples, memory, steps.
+
+The model is built on the meta device, so a 34B experiment can be looked at on a laptop.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from minivlm import registry
+from minivlm.api import assemble, resolve_device
+from minivlm.config.experiment import Experiment, StageConfig, to_container
+from minivlm.datasets.base import DatasetError
+from minivlm.datasets.doctor import render_mask
+from minivlm.datasets.training_set import TrainingSet, build_datasets, build_split
+from minivlm.models.tuning import PartRow, part_table
+from minivlm.models.vlm import VisionLanguageModel
+from minivlm.processors.processor import VLMProcessor
+from minivlm.runners.precision import resolve_precision
+from minivlm.types import SampleError
+
+GIB = 2**30
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "int8": 1}
+
+
+def dry_run(experiment: Experiment, console: Console) -> bool:
+    """Print all of it for every stage; returns False if the data of a stage cannot be read."""
+    fine = True
+    for number, stage in enumerate(experiment.stages):
+        console.rule(f"[bold]stage {stage.name}")
+        container = {key: to_container(getattr(stage, key)) for key in ("model", "datasets", "run")}
+        console.print(OmegaConf.to_yaml(OmegaConf.create(container)), highlight=False, markup=False)
+        if number and stage.model.checkpoint is None:
+            console.print(f"starts from the model of stage {experiment.stages[number - 1].name}")
+        model, processor, stage.model = assemble(stage.model, meta=True)
+        rows = part_table(model, stage.model, stage.run.init_lr)
+        console.print(_parts(rows))
+        fine &= _show_data(stage, model, processor, rows, console)
+    return fine
+
+
+def _parts(rows: list[PartRow]) -> Table:
+    table = Table("part", "parameters", "trainable", "dtype", "peak lr", title="what trains")
+    for row in rows:
+        lr = "-" if row.init_lr is None else f"{row.init_lr:.2e}"
+        table.add_row(row.part, f"{row.parameters:,}", f"{row.trainable:,}", row.dtype, lr)
+    table.add_row("total", f"{sum(r.parameters for r in rows):,}", f"{sum(r.trainable for r in rows):,}", "", "")
+    return table
+
+
+def _show_data(
+    stage: StageConfig, model: VisionLanguageModel, processor: VLMProcessor, rows: list[PartRow], console: Console
+) -> bool:
+    run = stage.run
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    global_batch = run.batch_size_train * run.accum_grad_iters * world
+    try:
+        sources = build_split(build_datasets(stage.datasets), run.train_splits)
+    except DatasetError as error:
+        console.print(Text(f"data: {error}", style="red"))
+        return False
+    data = TrainingSet(sources, processor, run.seed, "raise")
+    length = 0
+    for index in range(min(2, len(data))):
+        try:
+            encoded = data[index, 0]
+        except SampleError as error:
+            console.print(Text(str(error), style="red"))
+            continue
+        length = max(length, len(encoded.input_ids))
+        console.print(
+            f"\nsample {encoded.sample_id}: {len(encoded.input_ids)} tokens, {encoded.num_supervised} supervised"
+        )
+        console.print(render_mask(encoded, processor.tokenizer))
+    per_epoch = run.iters_per_epoch or max(len(data) // (run.batch_size_train * world) // run.accum_grad_iters, 1)
+    total = min(run.max_epoch * per_epoch, run.max_steps or 10**12)
+    console.print(
+        f"\n{len(data):,} samples; global batch {run.batch_size_train} per process x {run.accum_grad_iters} "
+        f"accumulation x {world} processes = {global_batch}; {total:,} steps ({per_epoch:,} an epoch)",
+        highlight=False,
+    )
+    schedule = registry.get("lr_scheduler", run.lr_sched)(run, total, per_epoch)
+    points = sorted({0, min(run.warmup_steps, total - 1), total // 2, total - 1})
+    console.print("schedule: " + ", ".join(f"step {p}: {schedule(p):.2e}" for p in points), highlight=False)
+    console.print(_memory(stage, model, rows, length or 512))
+    return True
+
+
+def estimate_memory(
+    rows: list[PartRow], hidden: int, layers: int, vocab: int, tokens: int, checkpointing: bool, half: bool
+) -> dict[str, float]:
+    """Bytes by use for one process: weights, gradients, AdamW's two moments, activations.
+
+    Activations follow Korthikanti et al. 2022 (about 34 bytes a token, layer and channel in half precision;
+    2 with checkpointing) and hold the logits of a quarter of the positions.
+    """
+    trainable = sum(row.trainable for row in rows)
+    scale = 1.0 if half else 2.0
+    per_channel = (2 if checkpointing else 34) * scale
+    return {
+        "weights": sum(row.parameters * max(_BYTES.get(d, 4) for d in row.dtype.split(", ")) for row in rows),
+        "gradients": 4.0 * trainable,
+        "optimiser": 8.0 * trainable,
+        "activations": tokens * layers * hidden * per_channel + tokens / 4 * vocab * 8,
+    }
+
+
+def _memory(stage: StageConfig, model: VisionLanguageModel, rows: list[PartRow], length: int) -> Table:
+    language: Any = model.language_model
+    config = getattr(getattr(language, "model", None), "config", None)
+    layers = getattr(config, "num_hidden_layers", 1)
+    precision = resolve_precision(stage.run.precision, resolve_device(stage.run.device))
+    table = Table("micro batch", "weights", "gradients", "optimiser", "activations", "total", title="memory, estimated")
+    sizes = {1, stage.run.batch_size_train}
+    for batch in sorted(sizes):
+        uses = estimate_memory(
+            rows,
+            language.hidden_size,
+            layers,
+            language.vocab_size,
+            batch * length,
+            bool(
+                getattr(stage.model.language_model and stage.model.language_model.config, "gradient_checkpointing", 0)
+            ),
+            precision != "fp32",
+        )
+        table.add_row(str(batch), *(_size(v) for v in uses.values()), _size(sum(uses.values())))
+    table.caption = f"samples of {length} tokens, {precision}; a frozen encoder's activations are not kept"
+    return table
+
+
+def _size(number: float) -> str:
+    return f"{number / GIB:.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:.1f} MiB"

@@ -1,0 +1,207 @@
+"""From an experiment to its results: stage after stage, each starting from the last."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from minivlm import registry
+from minivlm.api import assemble, resolve_device
+from minivlm.checkpoints.native import find_model_folder, load_weights, read_manifest
+from minivlm.config.experiment import Experiment, StageConfig, to_container
+from minivlm.datasets.feature_cache import FeatureCache, fill_cache
+from minivlm.datasets.training_set import build_datasets, build_split
+from minivlm.io import write_atomic, write_json
+from minivlm.models.vlm import VisionLanguageModel
+from minivlm.processors.processor import VLMProcessor
+from minivlm.runners.engines import SingleEngine, make_engine
+from minivlm.runners.logs import LOG
+from minivlm.runners.precision import resolve_precision
+from minivlm.runners.state import seed_everything
+from minivlm.types import Sample
+
+DONE = "done.json"
+
+
+def run_experiment(experiment: Experiment, console: Console) -> dict[str, dict[str, float]]:
+    """Run all stages, skipping those that are done; returns the final metrics of every stage.
+
+    A stage of several whose model section names no checkpoint starts from the model of the stage before it.
+    """
+    results: dict[str, dict[str, float]] = {}
+    previous: Path | None = None
+    for stage in experiment.stages:
+        if previous is not None and stage.model.checkpoint is None:
+            stage.model.checkpoint = str(previous / "model")
+        results[stage.name] = run_stage(stage, console)
+        previous = Path(stage.run.output_dir)
+    return results
+
+
+def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
+    """Train (unless ``run.evaluate`` or it is done) and evaluate the test splits of one stage."""
+    run = stage.run
+    folder = Path(run.output_dir)
+    device = resolve_device(run.device)
+    engine = make_engine(run.engine, device, resolve_precision(run.precision, device))
+    if engine.rank != 0:
+        console = Console(quiet=True)
+    done = folder / DONE
+    if done.is_file() and run.resume == "auto" and not run.evaluate:
+        import json
+
+        console.print(f"[bold]{stage.name}[/]: done before ({folder}); --options run.resume=none starts it anew")
+        return dict(json.loads(done.read_text())["metrics"])
+    console.rule(f"[bold]{stage.name}")
+    start = time.perf_counter()
+    seed_everything(run.seed)
+    model, processor, stage.model = assemble(stage.model)
+    model.to(engine.device)
+    trained_before = []
+    if stage.model.checkpoint:
+        trained_before = read_manifest(find_model_folder(stage.model.checkpoint)).trained
+    task = registry.get("task", run.task)(run)
+    data = _Splits(stage)
+    if run.feature_cache:
+        _prepare_cache(stage, model, processor, engine, data, console)
+    if not run.evaluate:
+        if engine.rank == 0:
+            container = {"model": to_container(stage.model), "run": to_container(run)}
+            write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(container)))
+        runner = registry.get("runner", run.runner)(
+            stage, model, processor, engine, task, data.train, data.valid, trained_before, console
+        )
+        runner.train()
+        _take_best(runner, model, folder, console)
+    metrics = _final_evaluation(stage, model, processor, engine, task, data, console)
+    if engine.rank == 0 and not run.evaluate:
+        write_json(done, {"metrics": metrics, "seconds": time.perf_counter() - start, "log": LOG})
+    engine.barrier()
+    return metrics
+
+
+class _Splits:
+    """The samples of a stage by use, built once."""
+
+    def __init__(self, stage: StageConfig):
+        run = stage.run
+        builders = build_datasets(stage.datasets)
+        self.train: list[Sequence[Sample]] = [] if run.evaluate else build_split(builders, run.train_splits)
+        self.valid = _joined(build_split(builders, run.valid_splits)) if run.valid_splits else None
+        self.test = _joined(build_split(builders, run.test_splits)) if run.test_splits else None
+        trains = [s for s in run.train_splits if any(s in b.splits for b in builders.values())]
+        self.reference = self.train or (build_split(builders, trains) if trains else [])
+
+    def all(self) -> list[Sequence[Sample]]:
+        """Every sequence that is trained or evaluated on."""
+        return [*self.train, *(s for s in (self.valid, self.test) if s is not None)]
+
+
+def _joined(sources: list[Sequence[Sample]]) -> Sequence[Sample]:
+    if len(sources) == 1:
+        return sources[0]
+    from torch.utils.data import ConcatDataset
+
+    return ConcatDataset(sources)  # type: ignore[arg-type,return-value]
+
+
+def _prepare_cache(
+    stage: StageConfig,
+    model: VisionLanguageModel,
+    processor: VLMProcessor,
+    engine: SingleEngine,
+    data: _Splits,
+    console: Console,
+) -> None:
+    """Encode every picture that is not cached yet, each process its share."""
+    from rich.progress import Progress
+
+    assert stage.run.feature_cache
+    cache = FeatureCache.for_model(stage.run.feature_cache, model, processor)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        row = bar.add_task("features of the frozen encoder", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(row, completed=done, total=total)
+
+        start = time.perf_counter()
+        count = fill_cache(
+            cache,
+            model,
+            processor,
+            data.all(),
+            rank=engine.rank,
+            world=engine.world,
+            autocast=engine.autocast,
+            progress=show,
+        )
+    engine.barrier()
+    cache.refresh()
+    processor.feature_cache = cache
+    console.print(
+        f"feature cache {cache.folder}: {len(cache)} pictures, {count} encoded now "
+        f"in {time.perf_counter() - start:.1f} s",
+        highlight=False,
+    )
+
+
+def _take_best(runner: Any, model: VisionLanguageModel, folder: Path, console: Console) -> None:
+    """Go on with the best weights by the validation metric, when there was one."""
+    state = getattr(runner, "state", None)
+    if state is None or state.best is None or state.best_step == state.step:
+        return
+    load_weights(model, folder / "best")
+    console.print(f"using the weights of step {state.best_step} ({runner.task.metric_name} {state.best:.4f})")
+    if runner.is_main:
+        import shutil
+
+        from minivlm.io import atomic_folder
+
+        with atomic_folder(folder / "model") as unfinished:
+            shutil.copytree(folder / "best", unfinished, dirs_exist_ok=True)
+
+
+def _final_evaluation(
+    stage: StageConfig,
+    model: VisionLanguageModel,
+    processor: VLMProcessor,
+    engine: SingleEngine,
+    task: Any,
+    data: _Splits,
+    console: Console,
+) -> dict[str, float]:
+    """The test splits, with baselines and a report, on the first process; the others wait."""
+    metrics: Mapping[str, float] = {}
+    if data.test is not None and engine.rank == 0:
+        report = Path(stage.run.output_dir) / "report"
+        start = time.perf_counter()
+        from rich.progress import Progress
+
+        with Progress(console=console, disable=not console.is_terminal) as bar, engine.autocast():
+            row = bar.add_task("evaluating " + ", ".join(stage.run.test_splits), total=None)
+            metrics = task.evaluate(
+                model,
+                processor,
+                data.test,
+                device=engine.device,
+                report_dir=report,
+                train_samples=_joined(data.reference) if data.reference else None,
+                full=True,
+                progress=lambda done, total: bar.update(row, completed=done, total=total),
+            )
+        console.print(task.render_table())
+        console.print(f"evaluated in {time.perf_counter() - start:.0f} s", highlight=False)
+        if (report / "report.html").is_file():
+            console.print(f"report: {report / 'report.html'}", highlight=False)
+    return dict(engine.gather(dict(metrics))[0])
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints (before an engine exists)."""
+    return int(os.environ.get("RANK", "0")) == 0

@@ -1,0 +1,352 @@
+"""The training loop of one stage."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from minivlm import registry
+from minivlm.checkpoints.native import CheckpointError, Manifest, load_weights, save_model, trained_names, write_model
+from minivlm.config.experiment import StageConfig
+from minivlm.datasets.base import DatasetError
+from minivlm.datasets.sampling import BatchPlan
+from minivlm.datasets.training_set import TrainingSet, make_loader
+from minivlm.io import atomic_folder
+from minivlm.models.tuning import parameter_groups
+from minivlm.models.vlm import VisionLanguageModel
+from minivlm.processors.processor import VLMProcessor
+from minivlm.runners.engines import SingleEngine
+from minivlm.runners.logs import LOG, RunLog, Trackers, draw_loss_curve
+from minivlm.runners.state import (
+    TrainState,
+    checkpoints,
+    prune,
+    random_state,
+    read_state,
+    restore,
+    seed_everything,
+    write_state,
+)
+from minivlm.types import Batch, Sample
+
+BAD_SAMPLES = "bad_samples.jsonl"
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the state is saved and the run can be resumed."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on: non-finite losses, or too many bad samples."""
+
+
+class Runner:
+    """Trains a model on the sources of a stage and leaves a model folder, a log and a loss curve.
+
+    ``eval_sources`` is what ``run.valid_splits`` name; the best checkpoint by the task's metric is kept.
+    """
+
+    def __init__(
+        self,
+        stage: StageConfig,
+        model: VisionLanguageModel,
+        processor: VLMProcessor,
+        engine: SingleEngine,
+        task: Any,
+        sources: Sequence[Sequence[Sample]],
+        eval_samples: Sequence[Sample] | None,
+        trained_before: list[str],
+        console: Console,
+    ):
+        self.stage, self.run, self.engine, self.task = stage, stage.run, engine, task
+        self.model, self.processor, self.console = model, processor, console
+        self.eval_samples = eval_samples
+        self.folder = Path(self.run.output_dir)
+        self.data = TrainingSet(sources, processor, self.run.seed, self.run.on_bad_sample)
+        self.plan = BatchPlan(
+            [len(source) for source in sources],
+            self.run.batch_size_train * engine.world,
+            self.run.seed,
+            _ratios(stage),
+            self.data.lengths() if self.run.group_by_length else None,
+        )
+        self.steps_per_epoch = self.run.iters_per_epoch or max(
+            self.plan.batches_per_pass // self.run.accum_grad_iters, 1
+        )
+        self.total_steps = self.run.max_epoch * self.steps_per_epoch
+        if self.run.max_steps is not None:
+            self.total_steps = min(self.total_steps, self.run.max_steps)
+        schedule = registry.get("lr_scheduler", self.run.lr_sched)
+        self.schedule = schedule(self.run, self.total_steps, self.steps_per_epoch)
+        groups = parameter_groups(model, stage.model, self.run.init_lr, self.run.weight_decay)
+        betas = (self.run.beta1, self.run.beta2)
+        fused = engine.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(groups, lr=self.run.init_lr, betas=betas, fused=fused)
+        self.trained = trained_names(model, trained_before)
+        self.state = TrainState(precision=engine.precision, world=engine.world)
+        self.stop_signal: int | None = None
+        self._bad: set[str] = set()
+        self._nonfinite_in_row = 0
+        self._saved_step = -1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.engine.rank == 0
+
+    def train(self) -> None:
+        """Train from the state to the last step; raises :class:`Interrupted` when a signal asked to stop."""
+        seed_everything(self.run.seed)
+        self._resume()
+        module = self.engine.prepare(self.model)
+        self.model.train()
+        log = self._open_log() if self.is_main else None
+        previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            batches = self._batches()
+            while self.state.step < self.total_steps:
+                record = self._step(module, batches)
+                if log:
+                    log.step(record)
+                self._after_step(log)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            if log:
+                log.close()
+        self._finish()
+
+    def _step(self, module: Any, batches: Iterator[Batch]) -> dict[str, Any]:
+        """One optimiser step over ``accum_grad_iters`` micro batches, weighted by tokens of all processes."""
+        start = time.perf_counter()
+        micro = [next(batches) for _ in range(self.run.accum_grad_iters)]
+        waited = time.perf_counter() - start
+        self._note_bad(micro)
+        own = sum(int((batch.labels[:, 1:] >= 0).sum()) for batch in micro if batch.labels is not None)
+        supervised, positions, stop = self.engine.sum(
+            own, sum(int(batch.attention_mask.sum()) for batch in micro), self.stop_signal or 0
+        )
+        if stop:
+            self.stop_signal = self.stop_signal or int(stop)
+            self._interrupt()
+        lr = self.schedule(self.state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        total = torch.zeros((), device=self.engine.device, dtype=torch.float64)
+        for number, batch in enumerate(micro):
+            with self.engine.accumulate(module, last=number == len(micro) - 1):
+                with self.engine.autocast():
+                    output = module(batch.to(self.engine.device, non_blocking=True))
+                self.engine.backward(output.loss_sum / max(supervised, 1))
+                total += output.loss_sum.detach()
+        (loss_sum,) = self.engine.sum(float(total))
+        loss = loss_sum / max(supervised, 1)
+        norm = self.engine.gradient_norm(self.optimizer, self.run.max_grad_norm)
+        finite = _is_finite(loss) and _is_finite(norm)
+        self.engine.step(self.optimizer, skip=not finite)
+        self.state.step += 1
+        self.state.consumed += len(micro)
+        self._guard(finite, micro)
+        seconds = time.perf_counter() - start
+        return {
+            "step": self.state.step,
+            "epoch": (self.state.step - 1) // self.steps_per_epoch,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "supervised_tokens": int(supervised),
+            "tokens_per_s": positions / seconds,
+            "data_wait": waited / seconds,
+            "seconds": seconds,
+        }
+
+    def _after_step(self, log: RunLog | None) -> None:
+        step = self.state.step
+        last = step == self.total_steps
+        every = self.run.eval_freq
+        if every and self.eval_samples is not None and (step % every == 0 or last):
+            self._evaluate(log)
+        if step % (self.run.save_freq or self.steps_per_epoch) == 0 and not last:
+            self.save()
+
+    def _evaluate(self, log: RunLog | None) -> None:
+        metrics = {}
+        if self.is_main:
+            with self.engine.autocast():
+                metrics = self.task.evaluate(
+                    self.model,
+                    self.processor,
+                    self.eval_samples,
+                    device=self.engine.device,
+                    max_samples=self.run.max_eval_samples,
+                )
+        metrics = self.engine.gather(metrics)[0]
+        value = metrics[self.task.metric_name]
+        better = self.state.best is None or (
+            value > self.state.best if self.task.higher_is_better else value < self.state.best
+        )
+        if log:
+            log.event({"step": self.state.step, **metrics})
+            self.console.print(
+                f"step {self.state.step}: {self.task.metric_name} {value:.4f}" + (" (best so far)" if better else ""),
+                highlight=False,
+            )
+        if better:
+            self.state.best, self.state.best_step = value, self.state.step
+            if self.is_main:
+                save_model(self.folder / "best", self.model, self.stage.model, self.processor, self._manifest(metrics))
+        self.model.train()
+
+    def save(self) -> None:
+        """Write a checkpoint; the older ones stay until it is whole. Raises OSError when the disk is full."""
+        rngs = self.engine.gather(random_state())
+        if self.is_main and self._saved_step != self.state.step:
+            target = self.folder / "checkpoints" / f"step_{self.state.step:08d}"
+            try:
+                with atomic_folder(target) as unfinished:
+                    (unfinished / "model").mkdir()
+                    write_model(unfinished / "model", self.model, self.stage.model, self.processor, self._manifest({}))
+                    write_state(unfinished, self.state, self.optimizer, self.engine.scaler, rngs)
+            except OSError as error:
+                raise OSError(
+                    f"cannot save {target}: {error}; free some space and run the same command again, "
+                    "training goes on from the newest whole checkpoint"
+                ) from error
+            prune(target.parent, self.run.keep_last)
+        self._saved_step = self.state.step
+        self.engine.barrier()
+
+    def _finish(self) -> None:
+        """The last checkpoint, the model folder of the stage, and the loss curve."""
+        self.save()
+        if self.is_main:
+            save_model(self.folder / "model", self.model, self.stage.model, self.processor, self._manifest({}))
+            draw_loss_curve(self.folder / LOG, self.folder / "loss_curve.png", self.stage.name)
+        self.engine.barrier()
+
+    def _manifest(self, metrics: dict[str, float]) -> Manifest:
+        return Manifest(trained=self.trained, step=self.state.step, stage=self.stage.name, metrics=metrics)
+
+    def _batches(self) -> Iterator[Batch]:
+        return iter(
+            make_loader(
+                self.data,
+                self.plan,
+                start=self.state.consumed,
+                stop=self.state.consumed + (self.total_steps - self.state.step) * self.run.accum_grad_iters,
+                rank=self.engine.rank,
+                world=self.engine.world,
+                workers=self.run.num_workers,
+                pin=self.engine.device.type == "cuda",
+            )
+        )
+
+    def _open_log(self) -> RunLog:
+        trackers = Trackers(self.run.trackers, self.folder, self.run.job_name or self.folder.name)
+        return RunLog(
+            self.folder,
+            self.total_steps,
+            self.state.step,
+            label=self.stage.name,
+            log_freq=self.run.log_freq,
+            trackers=trackers,
+            console=self.console,
+        )
+
+    def _resume(self) -> None:
+        """Continue from ``run.resume``; ``none`` puts earlier checkpoints aside instead of deleting them."""
+        folder = self.folder / "checkpoints"
+        if self.run.resume == "none":
+            if self.is_main and folder.exists():
+                aside = next(p for n in range(1, 10**6) if not (p := self.folder / f"checkpoints.old{n}").exists())
+                folder.rename(aside)
+                (self.folder / LOG).unlink(missing_ok=True)
+            self.engine.barrier()
+            return
+        if self.run.resume == "auto":
+            found = checkpoints(folder)
+            if not found:
+                return
+            source = found[-1]
+        else:
+            source = Path(self.run.resume)
+        self.state = read_state(source)
+        if self.state.precision != self.engine.precision and self.is_main:
+            self.console.print(
+                f"note: the checkpoint was trained in {self.state.precision}, this run is {self.engine.precision}"
+            )
+            self.state.precision = self.engine.precision
+        self._check_data_position(source)
+        load_weights(self.model, source / "model")
+        restore(source, self.optimizer, self.engine.scaler, self.engine.rank)
+        if self.is_main:
+            self.console.print(f"resuming from {source} (step {self.state.step} of {self.total_steps})")
+
+    def _check_data_position(self, source: Path) -> None:
+        if self.state.world != self.engine.world:
+            raise CheckpointError(
+                f"{source} was written by {self.state.world} processes, this run has {self.engine.world}; start it "
+                "with as many, or start anew from its weights with model.checkpoint and run.resume=none"
+            )
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        if self.stop_signal is not None:  # a second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        self.stop_signal = number
+
+    def _interrupt(self) -> None:
+        self.save()
+        raise Interrupted(f"stopped at step {self.state.step} of {self.total_steps}; the state is saved")
+
+    def _note_bad(self, batches: Sequence[Batch]) -> None:
+        """Write down skipped samples; abort when they are more than ``run.max_bad_share`` of the data."""
+        for error in (error for batch in batches for error in batch.skipped):
+            if error.sample_id in self._bad:
+                continue
+            self._bad.add(error.sample_id)
+            self.state.bad_samples += 1
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / BAD_SAMPLES).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"id": error.sample_id, "reason": error.reason}) + "\n")
+            self.console.print(f"skipped {error}", style="yellow", highlight=False)
+        if len(self._bad) > self.run.max_bad_share * len(self.data):
+            raise DatasetError(
+                f"{len(self._bad)} of {len(self.data)} samples are bad, more than run.max_bad_share "
+                f"({self.run.max_bad_share:.2%}); they are listed in {self.folder / BAD_SAMPLES}"
+            )
+
+    def _guard(self, finite: bool, micro: Sequence[Batch]) -> None:
+        """Count non-finite steps, which were skipped; abort when they do not end."""
+        if finite:
+            self._nonfinite_in_row = 0
+            return
+        self._nonfinite_in_row += 1
+        self.state.nonfinite += 1
+        ids = [sample_id for batch in micro for sample_id in batch.sample_ids]
+        self.console.print(
+            f"step {self.state.step}: loss or gradient is not finite, step skipped "
+            f"({self._nonfinite_in_row} in a row); samples: {', '.join(ids[:8])}",
+            style="yellow",
+        )
+        if self._nonfinite_in_row > self.run.nan_patience:
+            raise TrainingError(
+                f"{self._nonfinite_in_row} steps in a row were not finite (run.nan_patience); lower run.init_lr, use "
+                f"run.precision=fp32 or bf16, or look at samples {', '.join(ids[:8])}"
+            )
+
+
+def _ratios(stage: StageConfig) -> list[float] | None:
+    """Sample ratios of the datasets, if any states one; those without count by 1."""
+    given = [getattr(part.config, "sample_ratio", None) for part in stage.datasets.values()]
+    return [ratio or 1.0 for ratio in given] if any(given) else None
+
+
+def _is_finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")

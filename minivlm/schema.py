@@ -1,0 +1,71 @@
+"""The vocabulary in which a part states what its YAML node may hold.
+
+The dataclass of a part is the schema of its node. :func:`setting` adds what a type cannot say: limits,
+choices, a help text, or that the value names something of the registry. This module is free of torch,
+and so are the modules with the dataclasses, so that a typo is answered before anything heavy loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    factory: Callable[[], Any] | None = None,
+    help: str = "",
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: Sequence[Any] | None = None,
+    registered: str | None = None,
+    part: str | None = None,
+) -> Any:
+    """A dataclass field with limits.
+
+    ``ge/gt/le/lt`` bound a number, ``choices`` lists the allowed values, ``registered`` says that the
+    string must be a name of that registry kind, ``part`` that the node is ``{name: ..., <settings>}``
+    of that kind and becomes a :class:`Part`. Without ``default`` or ``factory`` the value is required.
+    """
+    metadata = {
+        key: value
+        for key, value in dict(
+            help=help, ge=ge, gt=gt, le=le, lt=lt, choices=choices, registered=registered, part=part
+        ).items()
+        if value not in (None, "")
+    }
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Part:
+    """A YAML node ``{name: ..., <settings>}``: the registered name and its typed settings."""
+
+    name: str
+    config: Any
+
+
+@dataclass
+class ModelPart(Part):
+    """A part of the model: beside its own settings, what every model part may say of its training."""
+
+    freeze: bool | list[str] = setting(
+        False, help="true: no parameter trains; a list: parameters whose name matches a glob do not train"
+    )
+    init_lr: float | None = setting(None, gt=0, help="peak learning rate of this part; default run.init_lr")
+    weights: str | None = setting(None, help="a .safetensors or .pth file with weights for this part")
+
+
+PART_CLASSES: dict[str, type[Part]] = {
+    "vision_encoder": ModelPart,
+    "connector": ModelPart,
+    "language_model": ModelPart,
+}
+"""Kinds whose nodes hold more than ``name`` and the settings of the part."""
