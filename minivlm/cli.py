@@ -90,8 +90,6 @@ def evaluate(argv: list[str]) -> int:
         experiment = _load(arguments)
         stage = experiment.stages[-1]
         stage.run.evaluate = True
-        if stage.model.checkpoint is None:
-            stage.model.checkpoint = stage.run.output_dir
         experiment.stages = [stage]
         return _run(experiment, argv)
 

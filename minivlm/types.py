@@ -105,6 +105,16 @@ class Batch:
 
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
+    def pin_memory(self) -> Batch:
+        """A copy in page-locked memory, which the DataLoader asks for when the device is a GPU."""
+
+        def pin(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: pin(item) for key, item in value.items()}
+            return value.pin_memory() if hasattr(value, "pin_memory") else value
+
+        return replace(self, **{f.name: pin(getattr(self, f.name)) for f in fields(self)})
+
     @property
     def num_images(self) -> int:
         """Number of pictures of all samples."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, losses, run_train, write_yaml
+from helpers import ROOT, losses, run_train, write_yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -56,6 +56,7 @@ def test_twenty_steps_equal_ten_a_kill_and_a_resume(
 ) -> None:
     tiny_experiment["run"] |= {"max_epoch": 4, "max_steps": 20, "save_freq": 5, "num_workers": workers}
     tiny_experiment["run"]["accum_grad_iters"] = 1 + workers // 2
+    tiny_experiment["model"]["language_model"]["config"]["attention_dropout"] = 0.2
     config = write_yaml(tmp_path / "x.yaml", tiny_experiment)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_experiment(load_config(config, [f"run.output_dir={whole}", "run.max_epoch=8"]), QUIET)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import losses, run_train, tiny_model, write_yaml
+from helpers import losses, run_train, tiny_model, write_yaml
 from rich.console import Console
 
 from minivlm.config import load_config
@@ -168,6 +168,8 @@ def test_weighted_mixing_follows_the_ratios(tiny_experiment: dict[str, Any], tmp
 
 def test_every_sample_comes_once_a_pass_and_lengths_are_grouped() -> None:
     lengths = [(7 * i) % 100 for i in range(1000)]
+    left_over = BatchPlan([9], batch_size=4, seed=1, lengths=list(range(9)))
+    assert any(8 in left_over.batch(n) for n in range(40)), "the longest sample is not always the one left over"
     plan = BatchPlan([1000], batch_size=10, seed=1, lengths=lengths)
     first = [plan.batch(n) for n in range(100)]
     assert sorted(i for batch in first for i in batch) == list(range(1000))

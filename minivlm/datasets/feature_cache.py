@@ -1,6 +1,6 @@
 """Outputs of a frozen vision encoder, computed once per picture and kept on disk.
 
-The folder of a cache is named after the encoder and the transform, so that a change of either never meets
+The folder of a cache is named after the encoder, the transform and the precision, so a change of one never meets
 old features; a picture is named by the hash of its content. Features lie in safetensors files that are
 written whole or not at all, each by one process, so several processes and a kill do no harm.
 """
@@ -39,15 +39,17 @@ class FeatureCache:
         self.refresh()
 
     @classmethod
-    def for_model(cls, root: str | Path, model: VisionLanguageModel, processor: VLMProcessor) -> FeatureCache:
-        """The cache of a model's frozen encoder and its processor's transform below ``root``.
+    def for_model(
+        cls, root: str | Path, model: VisionLanguageModel, processor: VLMProcessor, precision: str = "fp32"
+    ) -> FeatureCache:
+        """The cache of a model's frozen encoder, run in ``precision``, and its processor's transform.
 
         Raises :class:`FeatureCacheError` if the encoder trains.
         """
         if not model.is_frozen("vision_encoder"):
             raise FeatureCacheError("run.feature_cache needs a frozen encoder: set model.vision_encoder.freeze: true")
         transforms = {name: t.fingerprint for name, t in processor.transforms.items()}
-        name = f"{encoder_hash(model)}-{hashlib.sha1(repr(transforms).encode()).hexdigest()[:12]}"
+        name = f"{encoder_hash(model)}-{hashlib.sha1(repr(transforms).encode()).hexdigest()[:12]}-{precision}"
         folder = Path(root) / name
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "about.json", {"encoder": repr(model.vision_encoder.source), "transforms": transforms})

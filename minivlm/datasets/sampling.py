@@ -55,6 +55,7 @@ class BatchPlan:
         order = self._mixed(rng) if self.ratios else list(range(sum(self.sizes)))
         if not self.ratios:
             rng.shuffle(order)
+        order = order[: self.batches_per_pass * self.batch_size]  # left over are random ones, not the longest
         lengths = self.lengths
         if lengths is not None:
             mega = MEGA_BATCHES * self.batch_size

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from minivlm import registry
@@ -123,6 +124,7 @@ def make_loader(
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_quiet_worker if workers else None,
+        generator=torch.Generator().manual_seed(plan.seed),  # its own, so that dropout resumes exactly
     )
 
 

@@ -44,6 +44,9 @@ def _build(kind: str, part: Any, *arguments: Any) -> Any:
 
 def load_weights(part: str, module: nn.Module, path: str) -> None:
     """Fill a part from a .safetensors or .pth file, all of it or none."""
+    import pickle
+
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -53,6 +56,10 @@ def load_weights(part: str, module: nn.Module, path: str) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ModelError(f"model.{part}.weights: there is no file {path}") from error
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ModelError(f"model.{part}.weights: {path} cannot be read: {error}") from error
+    if not (isinstance(state, dict) and all(isinstance(tensor, torch.Tensor) for tensor in state.values())):
+        raise ModelError(f"model.{part}.weights: {path} holds no plain mapping from names to tensors")
     report = LoadReport.compare(module.state_dict(), state)
     if not report.complete or report.unexpected:
         raise ModelError(f"model.{part}.weights: {path} does not belong to this part\n{report}")

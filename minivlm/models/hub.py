@@ -10,6 +10,8 @@ from torch import nn
 
 from minivlm.models.base import ModelError
 
+_SAMPLES, _SAMPLE_BYTES = 1024, 4096
+
 
 def load_hf_config(part: str, path: str | None, config: dict[str, Any] | None, revision: str | None) -> Any:
     """The transformers configuration that a part's ``path`` or ``config`` describes.
@@ -45,7 +47,10 @@ def check_folder(part: str, path: str) -> None:
 def from_pretrained(part: str, auto_class: Any, path: str, **arguments: Any) -> nn.Module:
     """``auto_class.from_pretrained`` that refuses a checkpoint which does not fill the whole model."""
     try:
-        model, info = auto_class.from_pretrained(path, output_loading_info=True, **arguments)
+        # tensors of another shape are not ignored: they are named below
+        model, info = auto_class.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"{part}: cannot load weights from '{path}': {error}") from error
     missing = sorted(info["missing_keys"])
@@ -60,13 +65,19 @@ def from_pretrained(part: str, auto_class: Any, path: str, **arguments: Any) -> 
 
 
 def source_of(path: str, revision: str | None) -> dict[str, str]:
-    """Where weights came from, with a hash of the local files' names, sizes and first bytes."""
+    """Where weights came from, with a hash of the local files' names, sizes and samples of their bytes.
+
+    The samples are spread over the files: a fine-tuned model often shares its beginning with its base.
+    """
     source = {"path": path} | ({"revision": revision} if revision else {})
     if Path(path).is_dir():
         digest = hashlib.sha256()
         for file in sorted(Path(path).glob("*.safetensors")) + sorted(Path(path).glob("*.bin")):
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
             with file.open("rb") as stream:
-                digest.update(stream.read(1 << 20))
+                for start in range(0, size, max(size // _SAMPLES, _SAMPLE_BYTES)):
+                    stream.seek(start)
+                    digest.update(stream.read(_SAMPLE_BYTES))
         source["sha256"] = digest.hexdigest()
     return source

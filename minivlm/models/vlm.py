@@ -77,6 +77,8 @@ class VisionLanguageModel(nn.Module):
             visual = self.encode_images(batch)
         if visual is not None:
             return splice(embeds, batch.input_ids, visual)
+        if embeds.device.type != "meta" and bool(is_image.any()):
+            raise ValueError(f"{int(is_image.sum())} image positions in the batch, but no picture")
         if self.training and not self.is_frozen("connector"):
             # Gradients of the connector must exist on every process, also where no sample has a picture.
             embeds = embeds + 0.0 * self._dummy_visual(embeds).sum()

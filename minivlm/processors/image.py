@@ -38,13 +38,14 @@ def open_image(image: Any) -> Image.Image:
         raise OSError(f"picture {image} is too large: {error}") from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no picture {image}") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, EOFError, RuntimeError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise
         raise OSError(f"cannot read picture {image}: {error}") from error
 
 
 def image_hash(image: Any) -> str:
     """Hash of a picture's content: the bytes of the file, or the pixels of a PIL image."""
     if isinstance(image, Image.Image):
+        image = image.convert("RGB")  # indices alone do not tell the colours of a palette
         return hashlib.sha1(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
     return hashlib.sha1(Path(image).read_bytes()).hexdigest()
 

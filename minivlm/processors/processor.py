@@ -67,7 +67,7 @@ class VLMProcessor:
 
     def prompt_sample(self, sample: Sample) -> Encoded:
         """The generation prompt of a sample: its messages with the last answer left open."""
-        messages = list(sample.messages)
+        messages = self._with_prompt(sample, 0)
         if messages and messages[-1].role == "assistant":
             messages.pop()
         messages.append(Message("assistant", None))
@@ -158,9 +158,10 @@ class VLMProcessor:
 
     def generation_options(self) -> dict[str, Any]:
         """End tokens and stop strings for ``model.generate``."""
-        stops = [self.tokenizer(s, add_special_tokens=False)["input_ids"] for s in self.template.stop]
-        single = {ids[0] for ids in stops if len(ids) == 1} | {self.tokenizer.eos_token_id} - {None}
-        strings = [s for s, ids in zip(self.template.stop, stops, strict=True) if len(ids) > 1]
+        tokens = self.tokenizer.get_added_vocab()
+        single = {tokens[s] for s in self.template.stop if s in tokens} | {self.tokenizer.eos_token_id} - {None}
+        # What is no token of its own has several spellings in ids, so the text decides.
+        strings = [s for s in self.template.stop if s not in tokens]
         options: dict[str, Any] = {"eos_token_id": sorted(single), "pad_token_id": self.tokenizer.pad_token_id}
         if strings:
             options |= {"stop_strings": strings, "tokenizer": self.tokenizer}
@@ -178,7 +179,7 @@ class VLMProcessor:
     def _with_prompt(self, sample: Sample, seed: int) -> list[Message]:
         """A picture that has only a caption gets a user turn: one of the prompts, or the bare picture."""
         messages = list(sample.messages)
-        if not messages or messages[0].role != "assistant" or not sample.images or len(messages) > 1:
+        if not sample.images or len(messages) > 1 or any(m.role != "assistant" for m in messages):
             return messages
         prompts = self.config.prompts or [IMAGE_MARKER]
         text = random.Random(f"{seed}/{sample.id}").choice(prompts)
@@ -195,6 +196,7 @@ class VLMProcessor:
         chat: bool,
         encoded_images: int = 0,
     ) -> Encoded:
+        form = self.template.chat_config if chat else self.template.config
         try:
             segments = self.template.render(messages, chat=chat)
         except TemplateError as error:
@@ -204,7 +206,7 @@ class VLMProcessor:
         if slots != pictures:
             raise SampleError(sample_id, f"{slots} {IMAGE_MARKER} markers in the text, but {pictures} pictures")
         sizes = [self.tokens_per_image] * pictures
-        ids, labels = tokenize(segments, self.tokenizer, sizes, self.template.config.bos)
+        ids, labels = tokenize(segments, self.tokenizer, sizes, form.bos)
         encoded = Encoded(ids, labels, tokens_per_image=sizes, sample_id=sample_id)
         try:
             self._add_images(encoded, images)
@@ -224,13 +226,15 @@ class VLMProcessor:
 
     def _limit(self, encoded: Encoded) -> None:
         """Cut text behind the last picture, never a picture."""
-        limit = self.config.max_length
         if self.config.max_answer_tokens is not None:
             first = next((i for i, label in enumerate(encoded.labels) if label != IGNORE_INDEX), 0)
-            limit = min(limit, first + self.config.max_answer_tokens)
-        if len(encoded.input_ids) <= limit:
-            return
-        if self.config.on_overflow == "error" or IMAGE_TOKEN_ID in encoded.input_ids[limit:]:
+            self._shorten(encoded, first + self.config.max_answer_tokens)
+        if self.config.on_overflow == "error":
+            self._refuse_long(encoded)
+        self._shorten(encoded, self.config.max_length)
+
+    def _shorten(self, encoded: Encoded, limit: int) -> None:
+        if IMAGE_TOKEN_ID in encoded.input_ids[limit:]:
             self._refuse_long(encoded, limit)
         encoded.input_ids, encoded.labels = encoded.input_ids[:limit], encoded.labels[:limit]
 

@@ -49,11 +49,15 @@ class Template:
         if unknown:
             raise TemplateError(f"template.chat: unknown keys {', '.join(sorted(unknown))}")
         self.chat_config = dataclasses.replace(config, **config.chat, chat={})
+        for each in (config, self.chat_config):
+            if each.image.count("{image}") != 1:
+                raise TemplateError(f"template.image: {each.image!r} must hold {{image}} once")
 
     @property
     def stop(self) -> list[str]:
         """Strings that end an answer; without any given, the text that closes an assistant turn."""
-        return self.config.stop or [s for s in [self.config.assistant_suffix.strip()] if s]
+        suffix = self.config.assistant_suffix
+        return self.config.stop or [s for s in [suffix.strip() or suffix] if s]
 
     def render(self, messages: Sequence[Message], *, chat: bool = False) -> list[Segment]:
         """Messages to segments; a last assistant message without content leaves the turn open.
@@ -163,6 +167,8 @@ def tokenize(
     ids: list[int] = []
     labels: list[int] = []
     if bos == "always" or (bos == "auto" and adds_bos(tokenizer)):
+        if tokenizer.bos_token_id is None:
+            raise TemplateError("template.bos: always, but the tokenizer has no BOS token")
         ids.append(tokenizer.bos_token_id)
         labels.append(IGNORE_INDEX)
     sizes = iter(tokens_per_image)
@@ -186,6 +192,7 @@ def _tokenize_run(run: list[Text], tokenizer: Any) -> tuple[list[int], list[int]
     if not run:
         return [], []
     text = "".join(piece.text for piece in run)
+    # A tokenizer that trims its offsets gives a token of blanks the empty range behind them.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     supervised = bytearray(len(text))
     position = 0
@@ -194,7 +201,7 @@ def _tokenize_run(run: list[Text], tokenizer: Any) -> tuple[list[int], list[int]
             supervised[position : position + len(piece.text)] = b"\x01" * len(piece.text)
         position += len(piece.text)
     labels = [
-        token if any(supervised[start:end]) else IGNORE_INDEX
+        token if any(supervised[start if start < end else max(end - 1, 0) : max(end, 1)]) else IGNORE_INDEX
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
     return list(encoded["input_ids"]), labels

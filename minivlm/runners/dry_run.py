@@ -87,7 +87,9 @@ def _show_data(
     )
     schedule = registry.get("lr_scheduler", run.lr_sched)(run, total, per_epoch)
     points = sorted({0, min(run.warmup_steps, total - 1), total // 2, total - 1})
-    console.print("schedule: " + ", ".join(f"step {p}: {schedule(p):.2e}" for p in points), highlight=False)
+    console.print(
+        "schedule: " + ", ".join(f"step {p}: {schedule(p):.2e}" for p in points), highlight=False, soft_wrap=True
+    )
     console.print(_memory(stage, model, rows, length or 512))
     return True
 

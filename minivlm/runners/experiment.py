@@ -60,6 +60,8 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
         return dict(json.loads(done.read_text())["metrics"])
     console.rule(f"[bold]{stage.name}")
     start = time.perf_counter()
+    if run.evaluate and stage.model.checkpoint is None:
+        stage.model.checkpoint = str(find_model_folder(folder))
     seed_everything(run.seed)
     model, processor, stage.model = assemble(stage.model)
     model.to(engine.device)
@@ -123,7 +125,7 @@ def _prepare_cache(
     from rich.progress import Progress
 
     assert stage.run.feature_cache
-    cache = FeatureCache.for_model(stage.run.feature_cache, model, processor)
+    cache = FeatureCache.for_model(stage.run.feature_cache, model, processor, engine.precision)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         row = bar.add_task("features of the frozen encoder", total=None)
 
@@ -196,9 +198,9 @@ def _final_evaluation(
                 progress=lambda done, total: bar.update(row, completed=done, total=total),
             )
         console.print(task.render_table())
-        console.print(f"evaluated in {time.perf_counter() - start:.0f} s", highlight=False)
+        console.print(f"evaluated in {time.perf_counter() - start:.0f} s", highlight=False, soft_wrap=True)
         if (report / "report.html").is_file():
-            console.print(f"report: {report / 'report.html'}", highlight=False)
+            console.print(f"report: {report / 'report.html'}", highlight=False, soft_wrap=True)
     return dict(engine.gather(dict(metrics))[0])
 
 

@@ -87,7 +87,9 @@ class RunLog:
             self._bar.update(self._task, completed=done, text=text)
         elif done % self.log_freq == 0 or done == self.total:
             left = (time.perf_counter() - self._started) / max(done - self._first, 1) * (self.total - done)
-            self.console.print(f"{self.label} {done}/{self.total}  {text}  ETA {left:.0f} s", highlight=False)
+            self.console.print(
+                f"{self.label} {done}/{self.total}  {text}  ETA {left:.0f} s", highlight=False, soft_wrap=True
+            )
             sys.stdout.flush()
 
     def event(self, record: dict[str, Any]) -> None:
@@ -141,7 +143,7 @@ def draw_loss_curve(log: Path, target: Path, title: str) -> None:
     figure, axis = plt.subplots(figsize=(8, 4), dpi=120)
     axis.plot(x, losses, color="#9db7d5", linewidth=0.8, label="loss")
     axis.plot(x, _smooth(losses), color="#1f4e8c", linewidth=1.8, label="loss, smoothed")
-    axis.set(xlabel="step", ylabel="loss per supervised token", title=title, ylim=(0, None))
+    axis.set(xlabel="step", ylabel="loss per supervised token", title=title, yscale="log")
     evaluations = [r for r in read_log(log) if "accuracy" in r]
     right = axis.twinx()
     if evaluations:
@@ -152,7 +154,7 @@ def draw_loss_curve(log: Path, target: Path, title: str) -> None:
         right.plot(x, [r["lr"] for r in steps], color="#c98b2b", linewidth=1, label="learning rate")
         right.set(ylabel="learning rate", ylim=(0, None))
     lines = [*axis.get_lines(), *right.get_lines()]
-    axis.legend(lines, [line.get_label() for line in lines], loc="upper right", frameon=False)
+    axis.legend(lines, [line.get_label() for line in lines], loc="center right", frameon=False)
     figure.tight_layout()
     figure.savefig(target)
     plt.close(figure)

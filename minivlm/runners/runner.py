@@ -139,7 +139,8 @@ class Runner:
         lr = self.schedule(self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        total = torch.zeros((), device=self.engine.device, dtype=torch.float64)
+        double = torch.float32 if self.engine.device.type == "mps" else torch.float64
+        total = torch.zeros((), device=self.engine.device, dtype=double)
         for number, batch in enumerate(micro):
             with self.engine.accumulate(module, last=number == len(micro) - 1):
                 with self.engine.autocast():
@@ -197,6 +198,7 @@ class Runner:
             self.console.print(
                 f"step {self.state.step}: {self.task.metric_name} {value:.4f}" + (" (best so far)" if better else ""),
                 highlight=False,
+                soft_wrap=True,
             )
         if better:
             self.state.best, self.state.best_step = value, self.state.step
@@ -315,7 +317,7 @@ class Runner:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / BAD_SAMPLES).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"id": error.sample_id, "reason": error.reason}) + "\n")
-            self.console.print(f"skipped {error}", style="yellow", highlight=False)
+            self.console.print(f"skipped {error}", style="yellow", highlight=False, soft_wrap=True)
         if len(self._bad) > self.run.max_bad_share * len(self.data):
             raise DatasetError(
                 f"{len(self._bad)} of {len(self.data)} samples are bad, more than run.max_bad_share "

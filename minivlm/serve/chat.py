@@ -1,0 +1,231 @@
+"""A conversation with a model: pictures are encoded once, answers can be streamed."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from minivlm.types import IMAGE_MARKER, Batch, Message, SampleError
+
+if TYPE_CHECKING:
+    import torch
+
+    from minivlm.models.vlm import VisionLanguageModel
+    from minivlm.processors.processor import VLMProcessor
+
+_POLL = 0.1
+"""Seconds between looks at whether an answer that waits for the model is still wanted."""
+
+
+@dataclass
+class _State:
+    """What was said, and the visual tokens [n, T, D] of the pictures shown so far."""
+
+    messages: list[Message] = field(default_factory=list)
+    visual: torch.Tensor | None = None
+
+    @property
+    def num_images(self) -> int:
+        return 0 if self.visual is None else len(self.visual)
+
+
+@dataclass
+class _Turn:
+    """A question on its way: the conversation it belongs to, the prompt, and how to answer it."""
+
+    state: _State
+    messages: list[Message]
+    batch: Batch
+    options: dict[str, Any]
+    visual: torch.Tensor | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class Chat:
+    """One conversation.
+
+    ``temperature`` 0 is greedy; above it answers are sampled, with ``top_p``. Several chats may share a model
+    if they share ``lock``, which is held while the model works. A question that fails, is broken off, or is
+    answered with nothing leaves the conversation as it was.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        processor: VLMProcessor,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        num_beams: int = 1,
+        top_p: float = 0.9,
+        lock: threading.Lock | None = None,
+    ):
+        self.model = model
+        self.processor = processor
+        self.options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "num_beams": num_beams,
+            "top_p": top_p,
+        }
+        self._lock = lock or threading.Lock()
+        self._state = _State()
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation so far (a copy), ``<image>`` where a picture stands."""
+        return list(self._state.messages)
+
+    @property
+    def num_images(self) -> int:
+        """Number of pictures shown so far."""
+        return self._state.num_images
+
+    def reset(self) -> None:
+        """Begin a new conversation; an answer on its way stays without effect."""
+        self._state = _State()
+
+    def ask(self, text: str, images: Sequence[Any] = (), **options: Any) -> str:
+        """The whole answer to a question; ``images`` are new pictures (paths or PIL), as many as new markers.
+
+        Without a marker ``<image>`` in the text the pictures stand in front of it. ``options`` go before
+        those of the chat; any that transformers' ``generate`` knows is allowed. Raises :class:`SampleError`
+        for an unreadable picture, a wrong number of markers, or a conversation that has become too long.
+        """
+        turn = self._prepare(text, images, options)
+        return self._keep(turn, self._generate(turn))
+
+    def stream(self, text: str, images: Sequence[Any] = (), **options: Any) -> Iterator[str]:
+        """As :meth:`ask`, but yields the growing text of the answer; the last item is the whole.
+
+        Closing the iterator stops the model. With beams there is only the whole answer, since the best beam
+        is known at the end.
+        """
+        turn = self._prepare(text, images, options)
+        items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        worker = threading.Thread(target=self._work, args=(turn, items), name="minivlm-answer", daemon=True)
+        worker.start()
+        try:
+            ids: list[int] = []
+            shown = ""
+            while isinstance(item := items.get(), list):
+                ids += item
+                text = self.processor.decode_partial(ids)
+                if text != shown:
+                    shown = text
+                    yield shown
+            if isinstance(item, BaseException):
+                raise item
+            answer = self._keep(turn, item)
+            if answer != shown or not shown:
+                yield answer
+        finally:
+            turn.cancelled.set()
+            worker.join()
+
+    def _prepare(self, text: str, images: Sequence[Any], options: dict[str, Any]) -> _Turn:
+        """Everything that can go wrong before the model is needed."""
+        state = self._state
+        if images and IMAGE_MARKER not in text:
+            text = f"{IMAGE_MARKER}\n" * len(images) + text
+        messages = [*state.messages, Message("user", text)]
+        batch = self.processor.prompt(messages, images, encoded_images=state.num_images)
+        settings = self.options | options
+        limit, used = self._context_length(), batch.input_ids.shape[1]
+        if used >= limit:
+            reason = f"the conversation has {used} tokens and the model takes {limit}; begin a new conversation"
+            raise SampleError("prompt", reason)
+        settings["max_new_tokens"] = min(settings["max_new_tokens"], limit - used)
+        return _Turn(state, messages, batch, settings)
+
+    def _context_length(self) -> int:
+        """The processor's limit, or the model's own where that is smaller."""
+        hf: Any = getattr(getattr(self.model.language_model, "model", None), "config", None)
+        text = hf.get_text_config() if hasattr(hf, "get_text_config") else hf
+        own = getattr(text, "max_position_embeddings", None)
+        limit = self.processor.config.max_length
+        return min(limit, own) if isinstance(own, int) and own > 0 else limit
+
+    def _work(self, turn: _Turn, items: queue.SimpleQueue[Any]) -> None:
+        """The thread behind :meth:`stream`: lists of new ids, then the answer or what went wrong."""
+        streamer = _Streamer(items) if turn.options["num_beams"] == 1 else None
+        try:
+            items.put(self._generate(turn, streamer))
+        except BaseException as error:  # it belongs to the caller's thread
+            items.put(error)
+
+    def _generate(self, turn: _Turn, streamer: _Streamer | None = None) -> str:
+        import torch
+        from transformers import StoppingCriteriaList
+
+        options = self.processor.generation_options() | _sampling(turn.options)
+        options["stopping_criteria"] = StoppingCriteriaList([_Cancelled(turn.cancelled)])
+        if streamer is not None:
+            options["streamer"] = streamer
+        while not self._lock.acquire(timeout=_POLL):
+            if turn.cancelled.is_set():
+                return ""
+        try:
+            with torch.inference_mode():
+                batch = turn.batch.to(self.model.device)
+                turn.visual = self._encode(turn, batch)
+                ids = self.model.generate(batch, visual=turn.visual, **options)
+        finally:
+            self._lock.release()
+        return self.processor.decode(ids)[0]
+
+    def _encode(self, turn: _Turn, batch: Batch) -> torch.Tensor | None:
+        """Visual tokens of the whole conversation; only new pictures go through the encoder."""
+        import torch
+
+        old = turn.state.visual
+        if not batch.num_images:
+            return old
+        new = self.model.encode_images(batch)
+        return new if old is None else torch.cat([old, new])
+
+    def _keep(self, turn: _Turn, answer: str) -> str:
+        # Templates refuse a turn without text, so an empty answer would end the conversation for good.
+        if answer:
+            turn.state.messages = [*turn.messages, Message("assistant", answer)]
+            turn.state.visual = turn.visual
+        return answer
+
+
+class _Streamer:
+    """Passes new ids on; transformers calls ``put`` and ``end``."""
+
+    def __init__(self, items: queue.SimpleQueue[Any]):
+        self._items = items
+        self._prompt = True
+
+    def put(self, ids: torch.Tensor) -> None:
+        # The first call holds the prompt, which is empty where the prompt is embeddings.
+        if not self._prompt:
+            self._items.put(ids.reshape(-1).tolist())
+        self._prompt = False
+
+    def end(self) -> None:
+        """The answer itself follows, nothing to do."""
+
+
+class _Cancelled:
+    """A stopping criterion of transformers: nobody waits for the answer any more."""
+
+    def __init__(self, event: threading.Event):
+        self._event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return input_ids.new_full((len(input_ids),), self._event.is_set()).bool()
+
+
+def _sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """The chat's options as transformers wants them: sampling settings only where something is sampled."""
+    options = dict(options)
+    temperature, top_p = options.pop("temperature"), options.pop("top_p")
+    if temperature > 0:
+        return options | {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p)}
+    return options | {"do_sample": False}

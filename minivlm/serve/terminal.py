@@ -1,0 +1,144 @@
+"""The conversation in a terminal."""
+
+from __future__ import annotations
+
+import builtins
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from minivlm.config.experiment import DemoConfig
+from minivlm.types import SampleError
+
+if TYPE_CHECKING:
+    from minivlm.serve.chat import Chat
+
+HELP = """\
+  /image PATH   talk about a picture, from the beginning (several paths: several pictures)
+  /reset        begin again with the same picture
+  /help         this list
+  /quit         leave (as do Ctrl-D, and Ctrl-C while nothing is being answered)
+  anything else is a question; Ctrl-C breaks off an answer"""
+QUESTION = "you: "
+ANSWER = "model: "
+
+
+def run_terminal(
+    chat: Chat,
+    demo: DemoConfig,
+    *,
+    input: Callable[[str], str] = builtins.input,
+    output: TextIO = sys.stdout,
+) -> None:
+    """Read questions and commands until the end of the input, and write answers as they come.
+
+    ``input`` is called with the prompt, as Python's own; EOFError and KeyboardInterrupt end the conversation.
+    """
+    session = _Terminal(chat, output)
+    session.say(f"{demo.title}\n{HELP}")
+    if demo.examples:
+        session.say("  for example: " + " | ".join(demo.examples))
+    while True:
+        try:
+            line = input(QUESTION).strip()
+        except (EOFError, KeyboardInterrupt):
+            session.say("\nbye")
+            return
+        command, _, rest = line.partition(" ")
+        if command in ("/quit", "/exit"):
+            session.say("bye")
+            return
+        if line:
+            session.handle(command, rest.strip(), line)
+
+
+class _Terminal:
+    """The chat and the pictures that it is about."""
+
+    def __init__(self, chat: Chat, output: TextIO):
+        self.chat = chat
+        self.output = output
+        self.images: list[Any] = []
+
+    def say(self, text: str, end: str = "\n") -> None:
+        self.output.write(text + end)
+        self.output.flush()
+
+    def handle(self, command: str, rest: str, line: str) -> None:
+        """One line that is neither empty nor the end."""
+        if command == "/help":
+            self.say(HELP)
+        elif command == "/reset":
+            self.chat.reset()
+            self.say("a new conversation" + (" about the same picture" if self.images else ""))
+        elif command == "/image":
+            self.show(rest)
+        elif command.startswith("/") and not Path(line).exists():
+            self.say(f"unknown command {command}; /help lists the commands")
+        elif command.startswith("/"):
+            self.say(f"to talk about that picture: /image {line}")
+        else:
+            self.answer(line)
+
+    def show(self, text: str) -> None:
+        """New pictures and with them a new conversation; one that cannot be read changes nothing."""
+        from minivlm.processors.image import open_image
+
+        if not text:
+            self.say("which picture? /image PATH")
+            return
+        try:
+            images = [open_image(path) for path in _paths(text)]
+        except (OSError, ValueError) as error:
+            self.say(str(error))
+            return
+        self.images = images
+        self.chat.reset()
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+        self.say(f"a new conversation about {'this picture' if len(images) == 1 else 'these pictures'} ({sizes})")
+
+    def answer(self, question: str) -> None:
+        """Stream one answer; an error is told and the conversation goes on."""
+        # Pictures go with the first question that was answered; the chat keeps them from then on.
+        images = [] if self.chat.num_images else self.images
+        if not self.images and not self.chat.messages:
+            self.say("(no picture yet: /image PATH)")
+        self.say(ANSWER, end="")
+        try:
+            with closing(self.chat.stream(question, images)) as stream:  # type: ignore[type-var]
+                self.write_growing(stream)
+        except KeyboardInterrupt:
+            self.say(" ... broken off; the question was taken back")
+        except SampleError as error:
+            self.say(f"(no answer) {error.reason}")
+
+    def write_growing(self, stream: Iterator[str]) -> None:
+        """Write what every text adds to the one before."""
+        shown = ""
+        for text in stream:
+            if not text.startswith(shown):  # the tokenizer has changed its mind about a character
+                self.say(f"\n{ANSWER}", end="")
+                shown = ""
+            self.say(text[len(shown) :], end="")
+            shown = text
+        self.say("" if shown else "(the model answered with nothing; the question was taken back)")
+
+
+def _paths(text: str) -> list[Path]:
+    """The paths of a line: one that exists as it stands, else words quoted as in a shell.
+
+    A ValueError says that quotes do not match.
+    """
+    whole = Path(text).expanduser()
+    if whole.is_file():
+        return [whole]
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"cannot understand {text}: {error}") from error
+    paths = [Path(word).expanduser() for word in words]
+    # A missing file whose name has blanks is better named as it was typed.
+    return paths if len(paths) == 1 or any(path.is_file() for path in paths) else [whole]

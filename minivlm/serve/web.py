@@ -1,0 +1,211 @@
+"""The demo page: a gradio app around :class:`~minivlm.serve.chat.Chat`.
+
+Nothing on the page comes from another machine: no fonts, no analytics, no public link unless asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+
+import gradio as gr
+
+from minivlm.config.experiment import DemoConfig
+from minivlm.serve.web_handlers import MAX_QUESTION, Handlers, guard_upload
+
+if TYPE_CHECKING:
+    from minivlm.serve.chat import Chat
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_MB = 1024 * 1024
+_WAITING = 32
+"""Questions that may wait for the model; more are turned away."""
+_HOUR, _DAY = 3600, 24 * 3600
+
+THEME = gr.themes.Soft(
+    primary_hue="indigo",
+    neutral_hue="slate",
+    font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif"],
+    font_mono=["ui-monospace", "Consolas", "Liberation Mono", "monospace"],
+).set(
+    body_background_fill="*neutral_50",
+    block_border_width="1px",
+    block_border_color="*neutral_200",
+    block_border_color_dark="*neutral_700",
+    input_border_width="1px",
+    input_border_color="*neutral_300",
+    input_border_color_dark="*neutral_600",
+    button_border_width="1px",
+    button_secondary_border_color="*neutral_300",
+    button_secondary_border_color_dark="*neutral_600",
+)
+
+CSS = """
+.gradio-container {width: 100% !important; max-width: 1160px !important; margin: 0 auto !important}
+#title h1 {margin: 0.2em 0 0}
+#title p {margin: 0; opacity: 0.75}
+#picture img {width: 100%; height: 100%; object-fit: contain}
+#conversation .top-panel {display: none} /* its button to clear is the same as Restart */
+#ask {align-items: stretch; gap: 8px}
+#send, #restart {min-width: 7em}
+#examples {gap: 6px; flex-wrap: wrap}
+#examples button {flex: 0 1 auto; min-width: 0; white-space: normal; font-weight: 400}
+@media (max-width: 640px) {
+  #picture {height: 260px !important}
+  #conversation {height: 360px !important}
+  #question {flex: 1 0 100%}
+  #send, #restart {flex: 1 1 40% !important}
+}
+"""
+
+
+def build_page(chat_factory: Callable[[], Chat], demo: DemoConfig) -> gr.Blocks:
+    """The page; ``chat_factory`` makes the conversation of a visitor, so that no two share one."""
+    handlers = Handlers(chat_factory)
+    with gr.Blocks(title=demo.title, analytics_enabled=False, fill_width=True, delete_cache=(_HOUR, _DAY)) as page:
+        session = gr.State(None, time_to_live=_DAY)
+        gr.Markdown(f"# {demo.title}\nUpload a picture and ask about it.", elem_id="title")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                picture = _picture()
+            with gr.Column(scale=3, min_width=280):
+                chatbot = _conversation()
+        with gr.Row(elem_id="ask"):
+            question = _question()
+            send = gr.Button("Send", variant="primary", scale=0, elem_id="send")
+            restart = gr.Button("Restart", scale=0, elem_id="restart")
+        examples = _examples(demo.examples)
+        with gr.Row():
+            beams, temperature = _sliders(demo)
+
+        settings = [picture, beams, temperature, session]
+        outputs = [chatbot, question, session]
+        # One queue for everything that needs the model, so that visitors wait in the order they came.
+        model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+        quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        asked = [
+            gr.on([question.submit, send.click], handlers.ask, [question, *settings], outputs, **model),
+            *(button.click(handlers.ask, [button, *settings], outputs, **model) for button in examples),
+        ]
+        changes = [picture.input, picture.clear]
+        changed = gr.on(changes, handlers.change_picture, [picture, session], [chatbot, session], **quick)
+        changed.failure(handlers.drop_picture, session, [picture, chatbot, session], **quick)
+        gr.on([restart.click, chatbot.clear], handlers.restart, session, outputs, cancels=asked, **quick)
+    return page
+
+
+def _picture() -> gr.Image:
+    return guard_upload(
+        gr.Image(
+            label="Picture",
+            type="pil",
+            image_mode="RGB",
+            sources=["upload", "clipboard"],
+            height=430,
+            buttons=[],
+            elem_id="picture",
+        )
+    )
+
+
+def _conversation() -> gr.Chatbot:
+    return gr.Chatbot(
+        label="Conversation",
+        show_label=False,
+        height=430,
+        placeholder="Upload a picture, then ask about it.",
+        render_markdown=False,  # what the model says, as it says it
+        buttons=[],
+        elem_id="conversation",
+    )
+
+
+def _question() -> gr.Textbox:
+    return gr.Textbox(
+        placeholder="Ask about the picture; Enter sends",
+        label="Question",
+        show_label=False,
+        container=False,
+        max_length=MAX_QUESTION,
+        scale=1,
+        elem_id="question",
+    )
+
+
+def _examples(questions: list[str]) -> list[gr.Button]:
+    """A button per example question, which asks it."""
+    if not questions:
+        return []
+    with gr.Row(elem_id="examples"):
+        return [gr.Button(text, size="sm") for text in questions]
+
+
+def _sliders(demo: DemoConfig) -> tuple[gr.Slider, gr.Slider]:
+    beams = gr.Slider(
+        1,
+        10,
+        demo.num_beams,
+        step=1,
+        label="Beam width",
+        info="Above 1 the answer comes in one piece.",
+        buttons=[],
+        min_width=280,
+    )
+    temperature = gr.Slider(
+        0,
+        2,
+        demo.temperature,
+        step=0.1,
+        label="Temperature",
+        info="0 always takes the likeliest word.",
+        buttons=[],
+        min_width=280,
+    )
+    return beams, temperature
+
+
+def launch(
+    chat_factory: Callable[[], Chat],
+    demo: DemoConfig,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    share: bool = False,
+) -> None:
+    """Serve the page until Ctrl-C; without ``port`` on the first free one from 7860 on.
+
+    Uploads live in a private folder that goes with the server. Raises OSError if the port is taken.
+    """
+    with tempfile.TemporaryDirectory(prefix="minivlm-demo-") as uploads:
+        # gradio's own default is one folder for all users of the machine.
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        page = build_page(chat_factory, demo)
+        page.queue(max_size=_WAITING, api_open=False)
+        _, local, public = page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            max_file_size=demo.max_upload_mb * _MB,
+            theme=THEME,
+            css=CSS,
+            footer_links=[],
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+        print(f"the page is at {local}  (Ctrl-C ends)", flush=True)
+        if public:
+            print(f"anyone who knows this address can use it too: {public}", flush=True)
+        if host not in LOOPBACK:
+            print(f"note: it listens on {host}, so other machines can reach it; it asks for no password", flush=True)
+        try:
+            page.block_thread()
+        finally:
+            page.close()

@@ -1,0 +1,234 @@
+"""The demo page in headless Chromium, served by ``demo.py`` in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ROOT, tiny_model, write_yaml
+from PIL import Image, ImageDraw
+
+from minivlm.api import assemble
+from minivlm.checkpoints.native import Manifest, save_model
+from minivlm.config import load_config
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+QUESTION = "#question textarea, #question input"
+ANSWERS = "#conversation [data-testid=bot]"
+LOCAL = re.compile(r"(http|ws)://127\.0\.0\.1:\d+/|data:|blob:")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a demo of a random model, which talks long nonsense."""
+    folder = tmp_path_factory.mktemp("demo")
+    torch.manual_seed(3)
+    model, processor, config = assemble(
+        load_config(write_yaml(folder / "model.yaml", {"model": tiny_model()})).stages[-1].model
+    )
+    save_model(folder / "model", model, config, processor, Manifest())
+    demo = {"title": "Shapes", "examples": ["what color is it?"], "max_new_tokens": 60, "max_upload_mb": 1}
+    content = {"model": {"checkpoint": str(folder / "model")}, "demo": demo}
+    with serve(write_yaml(folder / "demo.yaml", content)) as process:
+        yield address(process)
+
+
+@contextmanager
+def serve(config: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """The program, which does not outlive the test."""
+    command = [sys.executable, "-u", str(ROOT / "demo.py"), "--cfg-path", str(config), "--device", "cpu", *options]
+    # The uploads go to a folder that the test can look into.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(config.parent)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def address(process: subprocess.Popen[str]) -> str:
+    """What the program prints when it is ready."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if found := re.search(r"the page is at (http\S+)", line):
+            return found[1]
+    raise AssertionError("".join(lines))
+
+
+@pytest.fixture
+def page(server: str) -> Iterator[Any]:
+    """The open page; afterwards no request may have left this machine."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1200, "height": 800})
+        page.set_default_timeout(20_000)
+        requests: list[str] = []
+        page.on("request", lambda request: requests.append(request.url))
+        visit(page, server)
+        yield page
+        browser.close()
+    assert len(requests) > 5
+    assert [url for url in requests if not LOCAL.match(url)] == []
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    image = Image.new("RGB", (64, 64), (230, 236, 240))
+    ImageDraw.Draw(image).rectangle((16, 20, 44, 50), fill=(200, 30, 40))
+    image.save(tmp_path / "shape.png")
+    return tmp_path / "shape.png"
+
+
+def visit(page: Any, server: str) -> None:
+    page.goto(server)
+    page.wait_for_selector(QUESTION)
+    page.wait_for_selector("#picture input[type=file]", state="attached")
+    page.wait_for_timeout(300)  # the listeners of the page come last
+
+
+def upload(page: Any, file: Path) -> None:
+    page.set_input_files("#picture input[type=file]", file)
+
+
+def toast(page: Any, text: str) -> None:
+    page.wait_for_selector(f".toast-body >> text={text}")
+
+
+def test_picture_question_streamed_answer_restart(page: Any, picture: Path) -> None:
+    upload(page, picture)
+    page.wait_for_selector("#picture img")
+    page.evaluate(
+        """selector => {
+            window.seen = [];
+            new MutationObserver(() => {
+                const found = document.querySelector(selector);
+                const text = found ? found.innerText : "";
+                if (text && text !== window.seen.at(-1)) window.seen.push(text);
+            }).observe(document.body, {subtree: true, childList: true, characterData: true});
+        }""",
+        ANSWERS,
+    )
+    page.fill(QUESTION, "what color is the shape?")
+    page.press(QUESTION, "Enter")
+    page.wait_for_function("window.seen.length > 3")
+    page.wait_for_function("window.seen.at(-1).length > 40")
+    seen = page.evaluate("window.seen")
+    assert all(later.startswith(earlier.rstrip()) for earlier, later in zip(seen, seen[1:]))  # noqa: RUF007
+    assert page.input_value(QUESTION) == ""
+    page.wait_for_selector("#conversation [data-testid=user] >> text=what color is the shape?")
+
+    page.click("#examples button")
+    page.wait_for_function(f"document.querySelectorAll('{ANSWERS}').length == 2")
+    if target := os.environ.get("MINIVLM_SCREENSHOT"):
+        page.screenshot(path=target)
+    page.click("#restart")
+    page.wait_for_function(f"document.querySelectorAll('{ANSWERS}').length == 0")
+    assert page.locator("#picture img").count() == 1
+    page.wait_for_timeout(500)  # an answer on its way must not come back
+    assert page.locator(ANSWERS).count() == 0
+
+
+def test_a_new_picture_begins_a_new_conversation(page: Any, picture: Path) -> None:
+    upload(page, picture)
+    page.wait_for_selector("#picture img")
+    page.fill(QUESTION, "what is it?")
+    page.click("#send")
+    page.wait_for_selector(ANSWERS)
+    page.click("#picture button[aria-label*=Remove], #picture button[aria-label*=Clear]")
+    page.wait_for_function(f"document.querySelectorAll('{ANSWERS}').length == 0")
+    page.fill(QUESTION, "and now?")
+    page.press(QUESTION, "Enter")
+    toast(page, "Upload a picture first.")
+    assert page.input_value(QUESTION) == "and now?"
+
+
+def test_mistakes_are_told(page: Any, picture: Path, tmp_path: Path) -> None:
+    page.press(QUESTION, "Enter")
+    toast(page, "Type a question first.")
+    (tmp_path / "text.png").write_text("this is no picture")
+    upload(page, tmp_path / "text.png")
+    toast(page, "This file cannot be read as a picture.")
+    page.wait_for_selector("#picture input[type=file]", state="attached")
+    (tmp_path / "large.png").write_bytes(picture.read_bytes() + bytes(1_100_000))
+    upload(page, tmp_path / "large.png")
+    toast(page, "exceed the maximum allowed size")
+    upload(page, picture)
+    page.wait_for_selector("#picture img")
+    page.fill(QUESTION, "where is <image>, and <image>?")
+    page.press(QUESTION, "Enter")
+    toast(page, "2 <image> markers in the text, but 1 pictures")
+    assert page.locator(ANSWERS).count() == 0
+
+
+def test_two_visitors_share_nothing(page: Any, server: str, picture: Path) -> None:
+    upload(page, picture)
+    page.wait_for_selector("#picture img")
+    page.fill(QUESTION, "what is it?")
+    page.press(QUESTION, "Enter")
+    page.wait_for_selector(ANSWERS)
+    other = page.context.browser.new_page()
+    visit(other, server)
+    assert other.locator(ANSWERS).count() == 0
+    assert other.locator("#picture img").count() == 0
+
+
+def test_narrow_page_needs_no_sideways_scrolling(page: Any) -> None:
+    page.set_viewport_size({"width": 420, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 420
+
+
+def test_forged_requests_reach_no_file_and_no_address(server: str) -> None:
+    config = json.load(urllib.request.urlopen(f"{server}config"))
+    events = {target[1]: d["id"] for d in config["dependencies"] for target in d["targets"]}
+    for path in ("/etc/hostname", str(ROOT / "setup.py"), "http://127.0.0.1:9/x.png", "https://example.com/x.png"):
+        forged = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        body = {"data": [forged, None], "fn_index": events["input"], "session_hash": "forged"}
+        request = urllib.request.Request(
+            f"{server}gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        urllib.request.urlopen(request)
+        with urllib.request.urlopen(f"{server}gradio_api/queue/data?session_hash=forged") as answer:
+            messages = [json.loads(line[5:]) for line in answer.read().decode().splitlines() if line[:5] == "data:"]
+        done = next(m for m in messages if m["msg"] == "process_completed")
+        assert done["success"] is False
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"{server}gradio_api/file={path}")
+
+
+def test_taken_port_and_private_uploads(server: str, tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "x.yaml", {"model": tiny_model()})
+    port = server.rstrip("/").rpartition(":")[2]
+    with serve(config, "--port", port) as process:
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert port in output and "Traceback" not in output
+
+    with serve(config) as process:
+        assert address(process) != server
+        (uploads,) = tmp_path.glob("minivlm-demo-*")
+        assert uploads.stat().st_mode & 0o077 == 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    assert not list(tmp_path.glob("minivlm-demo-*"))
