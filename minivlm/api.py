@@ -9,16 +9,20 @@ from typing import Any
 import torch
 
 from minivlm import registry
-from minivlm.checkpoints.native import find_model_folder, load_weights
-from minivlm.config import ModelConfig, load_config
+from minivlm.checkpoints.native import CheckpointError, find_model_folder, load_weights, read_manifest
+from minivlm.config import ConfigError, ModelConfig, load_config
 from minivlm.config.loader import list_model_defaults, parse_model
 from minivlm.models.base import ModelError
 from minivlm.models.build import build_model
 from minivlm.models.language.hf import DTYPES
 from minivlm.models.vlm import VisionLanguageModel
+from minivlm.processors.configs import ImageConfig, ProcessorConfig
 from minivlm.processors.processor import VLMProcessor
 from minivlm.processors.template import Template
 from minivlm.processors.tokenizer import load_tokenizer
+from minivlm.schema import Part
+
+DEFAULT_PROCESSOR = Part("vlm", ProcessorConfig(image=Part("image", ImageConfig())))
 
 
 def load(
@@ -43,7 +47,17 @@ def load(
         config = (experiment.stage(stage) if stage else experiment.stages[-1]).model
     model, processor, _ = assemble(config)
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    return model.to(resolve_device(device), kind).eval(), processor
+    return cast(model, kind).to(resolve_device(device)).eval(), processor
+
+
+def cast(model: VisionLanguageModel, dtype: torch.dtype) -> VisionLanguageModel:
+    """Store the weights in ``dtype``; tables that are computed, such as rotary frequencies, keep theirs."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_floating_point() and name not in module._non_persistent_buffers_set:
+                    tensor.data = tensor.data.to(dtype)
+    return model
 
 
 def load_model_and_preprocess(
@@ -113,7 +127,10 @@ def assemble(config: ModelConfig, *, meta: bool = False) -> tuple[VisionLanguage
     language = config.language_model.config
     tokenizer_path = getattr(language, "tokenizer", None) or getattr(language, "path", None)
     if not tokenizer_path:
-        raise ModelError("model.language_model.tokenizer: needed when the language model has no path")
+        raise ModelError(
+            "model.language_model.path: give the folder or hub id of the language model "
+            "(a model from scratch, by `config`, needs `tokenizer` instead)"
+        )
     tokenizer = load_tokenizer(tokenizer_path, getattr(language, "revision", None))
     model = build_model(config, len(tokenizer), meta=meta)
     if model.language_model.vocab_size < len(tokenizer):
@@ -148,12 +165,21 @@ def _with_checkpoint(config: ModelConfig, folder: Path) -> ModelConfig:
     container = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     assert isinstance(container, dict)
     container["language_model"]["tokenizer"] = str(folder / "tokenizer")
-    saved = parse_model(container, str(folder / "config.yaml"))  # type: ignore[arg-type]
+    try:
+        saved = parse_model(container, str(folder / "config.yaml"))  # type: ignore[arg-type]
+    except ConfigError as error:
+        files = read_manifest(folder).imports
+        if not files:
+            raise
+        hint = f"it was made with parts of {', '.join(files)}: name them under imports: or import them first"
+        raise CheckpointError(f"{error}\n{hint}") from error
+    # Saved picture settings belong to the saved encoder; a processor node of one's own is kept.
+    says_nothing = config.processor in ({"name": "vlm"}, DEFAULT_PROCESSOR)
+    if says_nothing:
+        config.processor = saved.processor if config.vision_encoder is None else DEFAULT_PROCESSOR
     for name in ("vision_encoder", "connector", "language_model", "template"):
         if getattr(config, name) is None:
             setattr(config, name, getattr(saved, name))
-            if name == "template":
-                config.processor = saved.processor
     return config
 
 

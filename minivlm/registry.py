@@ -68,6 +68,7 @@ class Entry:
 
 _entries: dict[tuple[str, str], Entry] = {}
 _plugins_loaded = False
+_user_files: list[str] = []
 
 
 def register(
@@ -135,6 +136,8 @@ def import_user_file(path: str | Path) -> None:
     """
     file = Path(path)
     try:
+        if str(path) not in _user_files:
+            _user_files.append(str(path))
         if file.suffix != ".py":
             importlib.import_module(str(path))
             return
@@ -156,6 +159,11 @@ def import_user_file(path: str | Path) -> None:
         raise
     except Exception as error:
         raise RegistryError(f"imports: {path} failed with {type(error).__name__}: {error}") from error
+
+
+def user_files() -> list[str]:
+    """What :func:`import_user_file` has imported in this process."""
+    return list(_user_files)
 
 
 def load_plugins() -> None:

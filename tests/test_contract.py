@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers import ROOT, tiny_model
 from PIL import Image
 
@@ -33,8 +35,21 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
             "kwargs": {"depth": 1, "embed_dim": 16, "num_heads": 2},
         },
         "efficientnet_lite0": {"pretrained": False, "image_size": 32, "block": 4},
+        "eva_clip_g": {"image_size": 28, "width": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0},
     },
-    "connector": {"linear": {}, "mlp": {"norm": True, "merge": 2}},
+    "connector": {
+        "linear": {},
+        "mlp": {"norm": True, "merge": 2},
+        "patch_merge": {"factor": 2},
+        "qformer": {
+            "num_query_tokens": 3,
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "intermediate_size": 32,
+            "dropout": 0.0,
+        },
+    },
     "language_model": {"hf": {"config": TINY_LLM, "tokenizer": "asset:quickstart"}},
 }
 """Settings with which a part is built in a moment. A new part is tested once its settings stand here."""
@@ -211,11 +226,22 @@ def test_every_training_file_passes_a_dry_run(
 
 
 @pytest.mark.parametrize(("arch", "model_type"), list_model_defaults())
-def test_every_packaged_model_is_complete(arch: str, model_type: str) -> None:
-    config = parse_model({"arch": arch, "model_type": model_type}, "test")
-    model, processor, _ = assemble(config, meta=True)
+def test_every_packaged_model_is_complete(arch: str, model_type: str, tmp_path: Path) -> None:
+    """Built on the meta device; a folder that users must name is that of a tiny model."""
+    section: dict[str, Any] = {"arch": arch, "model_type": model_type}
+    defaults = yaml.safe_load((builtins.CONFIGS / "models" / f"{arch}_{model_type}.yaml").read_text())["model"]
+    for kind, settings in (("vision_encoder", TINY_VIT), ("language_model", TINY_LLM)):
+        if defaults[kind]["name"] == "hf" and not defaults[kind].get("config"):
+            (tmp_path / kind).mkdir()
+            config = {"vocab_size": 400, **settings}
+            (tmp_path / kind / "config.json").write_text(json.dumps(config))
+            section[kind] = {"path": str(tmp_path / kind)}
+    if "language_model" in section:
+        section["language_model"]["tokenizer"] = "asset:quickstart"
+    model, processor, _ = assemble(parse_model(section, "test"), meta=True)
     assert processor.tokens_per_image == model.connector.tokens_per_image > 0
     assert any(p.requires_grad for p in model.parameters())
+    assert all(p.is_meta for p in model.parameters())
 
 
 def test_every_file_of_defaults_is_packaged() -> None:

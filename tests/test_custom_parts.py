@@ -191,3 +191,27 @@ def test_a_users_file_in_a_process_of_its_own(experiment: dict[str, Any], tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
     assert done.returncode == 0, done.stderr
     assert "colours" in done.stdout and "[image x 4]" in done.stdout
+
+
+def test_checkpoint_with_a_users_part_says_which_file_it_needs(tiny_experiment: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from minivlm.registry import register\n"
+        "from minivlm.models.connectors.mlp import LinearConnector\n"
+        "from minivlm.models.configs import LinearConnectorConfig\n"
+        "@register('connector', 'mine_for_a_checkpoint', config=LinearConnectorConfig)\n"
+        "class Mine(LinearConnector): ...\n"
+    )
+    tiny_experiment["imports"] = ["mine.py"]
+    tiny_experiment["model"]["connector"] = {"name": "mine_for_a_checkpoint"}
+    tiny_experiment["run"]["max_steps"] = 1
+    config = write_yaml(tmp_path / "x.yaml", tiny_experiment)
+    run_experiment(load_config(config), Console(quiet=True))
+    code = "import sys, minivlm; minivlm.load(sys.argv[1])"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert "mine.py" in result.stderr and "imports:" in result.stderr
+    own = write_yaml(tmp_path / "load.yaml", {"imports": ["mine.py"], "model": {"checkpoint": str(tmp_path / "out")}})
+    loaded = subprocess.run([sys.executable, "-c", code, str(own)], capture_output=True, text=True, check=False)
+    assert loaded.returncode == 0, loaded.stderr

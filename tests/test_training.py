@@ -41,6 +41,19 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_experiment: dict[str,
     assert a[-1] < a[0]
 
 
+def test_two_processes_train_the_encoder_on_mixed_and_text_only_batches(
+    tiny_experiment: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny_experiment["model"]["vision_encoder"] |= {"freeze": False}
+    tiny_experiment["run"] |= {"batch_size_train": 1, "group_by_length": False}  # one process meets text alone
+    config = write_yaml(tmp_path / "x.yaml", tiny_experiment)
+    two = run_train(config, processes=2)
+    assert two.returncode == 0, two.stderr
+    one = run_train(config, "run.batch_size_train=2", f"run.output_dir={tmp_path}/one")
+    assert one.returncode == 0, one.stderr
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
 @pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (2, 4)])
 def test_accumulation_does_not_change_the_result(
     tiny_experiment: dict[str, Any], tmp_path: Path, batch: int, accumulation: int

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minivlm import registry
 from minivlm.config.experiment import ModelConfig, to_container
 from minivlm.io import atomic_folder, write_json
 from minivlm.models.build import LoadReport
 from minivlm.models.vlm import PARTS, VisionLanguageModel
+from minivlm.processors.image import ImageTransform
 from minivlm.processors.processor import VLMProcessor
 from minivlm.version import __version__
 
@@ -32,6 +34,7 @@ class CheckpointError(ValueError):
 class Manifest:
     """``sources``: base weights by part. ``complete``: parts whose weights are all in the file.
 
+    ``imports`` names the user's files that registered parts; they are never run from a checkpoint.
     ``trained`` holds the names of all parameters that were trained in this or an earlier stage.
     """
 
@@ -41,6 +44,7 @@ class Manifest:
     step: int = 0
     stage: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+    imports: list[str] = field(default_factory=registry.user_files)
     format: int = FORMAT
     minivlm: str = __version__
 
@@ -82,7 +86,7 @@ def write_model(
     save_file(_without_ties(wanted), folder / WEIGHTS)
     container = to_container(config)
     container["checkpoint"] = None
-    container["processor"]["image"] = {"name": "image"} | _image_node(processor)
+    container["processor"]["image"] |= _image_node(processor)
     for part in ("vision_encoder", "language_model"):
         _describe_inside(container[part], getattr(model, part), part in manifest.complete)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(container)), encoding="utf-8")
@@ -101,9 +105,10 @@ def _describe_inside(node: dict[str, Any], part: Any, complete: bool) -> None:
 
 
 def _image_node(processor: VLMProcessor) -> dict[str, Any]:
-    if len(processor.transforms) != 1:  # two inputs differ: their settings come from the encoder
-        return {}
-    return dict(vars(next(iter(processor.transforms.values()))))
+    transforms = list(processor.transforms.values())
+    if len(transforms) != 1 or type(transforms[0]) is not ImageTransform:
+        return {}  # two inputs differ, and a user's transform has settings of its own
+    return dict(vars(transforms[0]))
 
 
 def _without_ties(state: dict[str, Any]) -> dict[str, Any]:
@@ -128,8 +133,13 @@ def find_model_folder(path: str | Path) -> Path:
     Raises :class:`CheckpointError` with what was looked for.
     """
     root = Path(path)
+    if root.is_file():
+        raise CheckpointError(
+            f"{root} is a file: this version reads no .pth files of MiniGPT-4, BLIP-2 or other projects; "
+            "model.checkpoint takes a folder that minivlm wrote"
+        )
     if not root.exists():
-        raise CheckpointError(f"there is no folder {root}")
+        raise CheckpointError(f"there is no {'file' if root.suffix in ('.pth', '.pt') else 'folder'} {root}")
     for candidate in (root, root / "model", *sorted(root.glob("*/model"), key=lambda p: p.stat().st_mtime)[::-1]):
         if is_model_folder(candidate):
             return candidate

@@ -98,7 +98,10 @@ def child(shape: Shape, key: str, node: Any) -> Shape:
         shape = config_class(shape.kind, name_of(node, shape))
     if shape is None or key not in settings(shape):
         return None
-    return shape_of(settings(shape)[key], type_hints(shape)[key])
+    hint = type_hints(shape)[key]
+    below = shape_of(settings(shape)[key], hint)
+    switched_off = isinstance(node, dict) and key in node and node[key] is None and type(None) in members(hint)
+    return None if switched_off and isinstance(below, type) else below  # `lora: null` is no empty section
 
 
 def places(node: Any, shape: Shape, prefix: str = "") -> Iterator[tuple[str, str]]:

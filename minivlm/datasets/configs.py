@@ -35,3 +35,10 @@ class EasyVQAConfig(DatasetConfig):
     )
     max_turns: int = setting(4, ge=1, help="questions of one conversation")
     val_images: int = setting(200, ge=0, lt=4000, help="training pictures set aside as split `val`")
+
+
+@dataclass(kw_only=True)
+class CCSBUAlignConfig(DatasetConfig):
+    """MiniGPT-4's second stage, as its authors publish it."""
+
+    storage: str = setting(help="folder with filter_cap.json and the pictures image/<image_id>.jpg")

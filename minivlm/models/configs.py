@@ -47,6 +47,26 @@ class EfficientNetLite0Config:
 
 
 @dataclass
+class EvaClipGConfig:
+    """EVA-CLIP-g as BLIP-2 and MiniGPT-4 use it; the defaults are the sizes of ``eva_vit_g.pth``."""
+
+    image_size: int = setting(224, ge=1, help="a multiple of patch_size; positions of another size are interpolated")
+    patch_size: int = setting(14, ge=1)
+    width: int = setting(1408, ge=1)
+    depth: int = setting(39, ge=1, help="blocks; the 40th of EVA-CLIP-g is not used")
+    num_heads: int = setting(16, ge=1)
+    mlp_ratio: float = setting(4.3637, gt=0, help="hidden width of the MLPs over width")
+    class_token: str = setting("keep", choices=("keep", "drop"), help="drop: without a Q-Former")
+    drop_path_rate: float = setting(0.0, ge=0, lt=1, help="of the last block; rises linearly from 0")
+    dtype: str = setting(
+        "fp32",
+        choices=("fp32", "bf16", "fp16"),
+        help="storage of convolutions and linear layers; an encoder that trains is never kept in fp16",
+    )
+    gradient_checkpointing: bool = False
+
+
+@dataclass
 class LinearConnectorConfig:
     """One linear layer."""
 
@@ -64,6 +84,38 @@ class MLPConnectorConfig:
 
 
 @dataclass
+class QFormerConfig:
+    """BLIP-2's Q-Former and a linear layer behind it; the defaults are those of BLIP-2."""
+
+    num_query_tokens: int = setting(32, ge=1, help="visual tokens of a picture")
+    hidden_size: int = setting(768, ge=1)
+    num_layers: int = setting(12, ge=1)
+    num_heads: int = setting(12, ge=1)
+    intermediate_size: int = setting(3072, ge=1)
+    cross_attention_every: int = setting(2, ge=1, help="layers 0, n, 2n, ... look at the picture")
+    dropout: float = setting(0.1, ge=0, lt=1, help="while the Q-Former trains; a frozen one has none")
+
+
+@dataclass
+class PatchMergeConfig:
+    """Neighbours in a row joined into one token, and a linear layer (MiniGPT-4 on Llama-2, MiniGPT-v2)."""
+
+    factor: int = setting(4, ge=1, help="consecutive patch tokens that become one")
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters (Hu et al. 2021); the defaults are those of MiniGPT-v2."""
+
+    r: int = setting(64, ge=1, help="rank")
+    alpha: float = setting(16, gt=0, help="the adapters' output is scaled by alpha / r")
+    dropout: float = setting(0.05, ge=0, lt=1)
+    target_modules: list[str] = setting(
+        factory=lambda: ["q_proj", "v_proj"], help="linear layers of the language model, by the end of their names"
+    )
+
+
+@dataclass
 class HFLanguageModelConfig:
     """Any causal language model of transformers."""
 
@@ -74,5 +126,13 @@ class HFLanguageModelConfig:
     tokenizer: str | None = setting(None, help="folder or hub id of the tokenizer; default: path")
     revision: str | None = None
     dtype: str | None = setting(None, choices=("fp32", "bf16", "fp16"), help="storage of the weights")
+    quantization: str | None = setting(
+        None, choices=("int8", "nf4"), help="of the base weights, by bitsandbytes; needs path"
+    )
+    lora: LoraSettings | None = setting(
+        None,
+        help="train low-rank adapters only: the base is frozen and the adapters train, whatever `freeze` says "
+        '(`freeze: ["*"]` freezes them, too)',
+    )
     attention: str = setting("sdpa", choices=("sdpa", "eager", "flash_attention_2", "flex_attention"))
     gradient_checkpointing: bool = False

@@ -46,6 +46,10 @@ def check_folder(part: str, path: str) -> None:
 
 def from_pretrained(part: str, auto_class: Any, path: str, **arguments: Any) -> nn.Module:
     """``auto_class.from_pretrained`` that refuses a checkpoint which does not fill the whole model."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a text model beside the wanted one is no news; what lacks is named below
     try:
         # tensors of another shape are not ignored: they are named below
         model, info = auto_class.from_pretrained(
@@ -53,6 +57,8 @@ def from_pretrained(part: str, auto_class: Any, path: str, **arguments: Any) -> 
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"{part}: cannot load weights from '{path}': {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     missing = sorted(info["missing_keys"])
     wrong = sorted(str(key) for key in info["mismatched_keys"])
     if missing or wrong:

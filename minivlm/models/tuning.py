@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 
 from minivlm.models.base import ModelError
@@ -18,21 +19,25 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 def apply_freeze(part: str, module: nn.Module, freeze: bool | list[str]) -> None:
     """Set ``requires_grad`` of a part's parameters: all, or those whose name no glob matches.
 
-    Raises :class:`ModelError` for a glob that matches nothing.
+    Of a part with adapters (its ``adapter_parameters``) the base never trains, and the adapters train
+    unless a glob names them: ``freeze: true`` means the base. What trains is not kept in fp16, whose
+    small updates vanish: the whole part becomes fp32. Raises :class:`ModelError` for a glob that matches
+    nothing.
     """
     named = list(module.named_parameters())
-    if isinstance(freeze, bool):
-        for _, parameter in named:
-            parameter.requires_grad_(not freeze)
-        return
-    for glob in freeze:
+    globs = [] if isinstance(freeze, bool) else freeze
+    for glob in globs:
         if not any(fnmatchcase(name, glob) for name, _ in named):
             raise ModelError(
                 f"model.{part}.freeze: '{glob}' matches no parameter; names look like "
                 + ", ".join(name for name, _ in named[:3])
             )
+    adapters: frozenset[str] = getattr(module, "adapter_parameters", frozenset())
     for name, parameter in named:
-        parameter.requires_grad_(not any(fnmatchcase(name, glob) for glob in freeze))
+        trains = name in adapters if adapters else freeze is not True
+        parameter.requires_grad_(trains and not any(fnmatchcase(name, glob) for glob in globs))
+    if any(parameter.requires_grad and parameter.dtype == torch.float16 for _, parameter in named):
+        module.float()
 
 
 @dataclass

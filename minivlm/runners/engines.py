@@ -32,8 +32,11 @@ class SingleEngine:
         self.device, self.precision = device, precision
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """The module whose forward is called in training."""
+    def prepare(self, model: nn.Module, *, some_unused: bool = False) -> nn.Module:
+        """The module whose forward is called in training.
+
+        ``some_unused``: a step may leave out trainable parameters.
+        """
         return model
 
     def autocast(self) -> Any:
@@ -83,9 +86,9 @@ class DDPEngine(SingleEngine):
         super().__init__(device, precision)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, *, some_unused: bool = False) -> nn.Module:
         """The model wrapped; frozen parts have no gradients to exchange and no buffers that change."""
-        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=some_unused)
 
     def accumulate(self, module: nn.Module, last: bool) -> Any:
         """No exchange of gradients before the last micro batch."""

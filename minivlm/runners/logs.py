@@ -152,7 +152,7 @@ def draw_loss_curve(log: Path, target: Path, title: str) -> None:
         right.set(ylabel="accuracy", ylim=(0, 1.02))
     else:
         right.plot(x, [r["lr"] for r in steps], color="#c98b2b", linewidth=1, label="learning rate")
-        right.set(ylabel="learning rate", ylim=(0, None))
+        right.set(ylabel="learning rate")
     lines = [*axis.get_lines(), *right.get_lines()]
     axis.legend(lines, [line.get_label() for line in lines], loc="center right", frameon=False)
     figure.tight_layout()

@@ -105,7 +105,8 @@ class Runner:
         """Train from the state to the last step; raises :class:`Interrupted` when a signal asked to stop."""
         seed_everything(self.run.seed)
         self._resume()
-        module = self.engine.prepare(self.model)
+        # An encoder that trains has norms behind the layer that is taken, and sees no batch of text alone.
+        module = self.engine.prepare(self.model, some_unused=not self.model.is_frozen("vision_encoder"))
         self.model.train()
         log = self._open_log() if self.is_main else None
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from minivlm.models.base import Connector, ModelError, VisionEncoder
-from minivlm.models.configs import LinearConnectorConfig, MLPConnectorConfig
+from minivlm.models.configs import LinearConnectorConfig, MLPConnectorConfig, PatchMergeConfig
 
 
 class LinearConnector(Connector):
@@ -54,6 +54,31 @@ class MLPConnector(Connector):
         if self.merge > 1:
             features = merge_neighbours(features, self.grid, self.merge)
         return self.layers(features)
+
+
+class PatchMergeConnector(Connector):
+    """Consecutive patch tokens joined in raster order, and one linear layer.
+
+    MiniGPT-4 on Llama-2 and MiniGPT-v2 join four neighbours of a row, where ``mlp`` with ``merge: 2``
+    joins a square. What the encoder puts in front of the patches (a class token) is left out.
+    """
+
+    def __init__(self, config: PatchMergeConfig, encoder: VisionEncoder, output_size: int):
+        super().__init__()
+        self.factor = config.factor
+        self.patches = encoder.grid[0] * encoder.grid[1]
+        if self.patches % self.factor:
+            raise ModelError(
+                f"connector patch_merge: factor {self.factor} does not divide the encoder's {self.patches} patch "
+                "tokens; choose another factor or image size"
+            )
+        self.tokens_per_image = self.patches // self.factor
+        self.linear = nn.Linear(encoder.hidden_size * self.factor, output_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, tokens, channels] -> [N, patches / factor, output_size]."""
+        patches = features[:, -self.patches :]
+        return self.linear(patches.reshape(len(patches), self.tokens_per_image, -1))
 
 
 def merge_neighbours(features: Tensor, grid: tuple[int, int], merge: int) -> Tensor:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minivlm.models.base import LanguageModel, on_meta_device
-from minivlm.models.configs import HFLanguageModelConfig
+from minivlm.models.base import LanguageModel, ModelError, on_meta_device
+from minivlm.models.configs import HFLanguageModelConfig, LoraSettings
 from minivlm.models.hub import from_pretrained, load_hf_config, source_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class HFLanguageModel(LanguageModel):
-    """The decoder and the output head are called apart, so that the head runs on chosen positions only."""
+    """The decoder and the output head are called apart, so that the head runs on chosen positions only.
+
+    With ``lora`` the adapters are the only parameters that train; see :func:`minivlm.models.tuning.apply_freeze`.
+    """
+
+    adapter_parameters: frozenset[str] = frozenset()
+    """Names of the parameters of the adapters; empty without them."""
 
     def __init__(self, config: HFLanguageModelConfig, vocab_size: int):
         super().__init__()
@@ -27,11 +34,16 @@ class HFLanguageModel(LanguageModel):
         arguments: dict[str, Any] = {"attn_implementation": config.attention}
         if config.dtype:
             arguments["dtype"] = DTYPES[config.dtype]
+        if config.quantization:
+            arguments |= _quantization(config)
         if config.path is None or on_meta_device():
+            arguments.pop("quantization_config", None)
             self.model: Any = AutoModelForCausalLM.from_config(hf, **arguments)
         else:
             self.model = from_pretrained(part, AutoModelForCausalLM, config.path, revision=config.revision, **arguments)
             self.source = source_of(config.path, config.revision)
+        if config.lora:
+            self.adapter_parameters = _add_lora(self.model, config.lora)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.hidden_size = self.model.get_input_embeddings().embedding_dim
@@ -73,3 +85,54 @@ def _logit_scale(config: Any) -> float:
     if getattr(config, "logits_scaling", None):  # Granite
         return 1.0 / float(config.logits_scaling)
     return 1.0
+
+
+def _quantization(config: HFLanguageModelConfig) -> dict[str, Any]:
+    """The arguments of ``from_pretrained`` that quantise the base weights while they are loaded."""
+    part = "model.language_model.quantization"
+    if config.path is None:
+        raise ModelError(
+            f"{part}: a model that is trained from scratch cannot be quantised; give a path or leave it out"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f'{part}: {config.quantization} needs bitsandbytes; run pip install "minivlm[quant]"')
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    compute = DTYPES[config.dtype or "bf16"]
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        )
+    }
+
+
+def _add_lora(model: nn.Module, settings: LoraSettings) -> frozenset[str]:
+    """Put adapters into the named linear layers, in fp32; returns the names of their parameters."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    paths = [name for name, _ in model.named_modules() for end in settings.target_modules if _ends(name, end)]
+    lost = [end for end in settings.target_modules if not any(_ends(name, end) for name in paths)]
+    if lost or not paths:
+        kinds = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        raise ModelError(
+            f"model.language_model.lora.target_modules: {type(model).__name__} has no layer {', '.join(lost)}; "
+            f"its linear layers are {', '.join(sorted(kinds))}"
+        )
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,  # a fraction does no harm
+        lora_dropout=settings.dropout,
+        target_modules=sorted(set(paths)),
+    )
+    before = {id(parameter) for parameter in model.parameters()}
+    inject_adapter_in_model(config, model)
+    added = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in before}
+    for parameter in added.values():
+        parameter.data = parameter.data.float()
+    return frozenset(f"model.{name}" for name in added)
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
