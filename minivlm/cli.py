@@ -6,6 +6,7 @@ Arguments are parsed and the experiment file is checked before anything heavy is
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
@@ -90,6 +91,8 @@ def evaluate(argv: list[str]) -> int:
         experiment = _load(arguments)
         stage = experiment.stages[-1]
         stage.run.evaluate = True
+        if not any(option.startswith("model.checkpoint") for option in arguments.options or ()):
+            stage.model.checkpoint = stage.run.output_dir  # what it has trained, not what it started from
         experiment.stages = [stage]
         return _run(experiment, argv)
 
@@ -123,14 +126,23 @@ def _run(experiment: Experiment, argv: Sequence[str]) -> int:
         run_experiment(experiment, Console())
     except Interrupted as stop:
         if is_main_process():
-            script = sys.argv[0] if sys.argv[0].endswith(".py") else "minivlm train"
-            runner = f"python {script}" if script.endswith(".py") else script
-            print(f"\n{stop}\nto go on: {runner} {shlex.join(argv)}", file=sys.stderr)
+            print(f"\n{stop}\nto go on: {_command_to_go_on(argv)}", file=sys.stderr)
         return INTERRUPTED
     if is_main_process():
         stage = experiment.stages[-1]
         print(f"model: {stage.run.output_dir}\ntalk to it: minivlm demo {stage.run.output_dir}")
     return 0
+
+
+def _command_to_go_on(argv: Sequence[str]) -> str:
+    """The command that was given, without what would start it anew or from elsewhere."""
+    script = sys.argv[0] if sys.argv[0].endswith(".py") else "-m minivlm.cli train"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    launcher = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+    kept = [word for word in argv if not word.startswith("run.resume=")]
+    if kept and kept[-1] == "--options":
+        kept.pop()
+    return f"{launcher} {script} {shlex.join(kept)}"
 
 
 def chat(argv: list[str]) -> int:
@@ -174,6 +186,8 @@ def list_names(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="minivlm list", description="Registered names.")
     parser.add_argument("kind", nargs="?", choices=(*registry.KINDS, "model"), help="one kind only")
     kind = parser.parse_args(argv).kind
+    if hasattr(signal, "SIGPIPE"):  # `minivlm list | head` ends quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     for each in (kind,) if kind else (*registry.KINDS, "model"):
         print(each)
         if each == "model":
@@ -206,10 +220,6 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
     if arguments.cfg_path is None:
         parser.error("give an experiment file: --cfg-path train_configs/quickstart.yaml")
     return arguments
-
-
-if hasattr(signal, "SIGPIPE"):  # `minivlm list | head` ends quietly
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

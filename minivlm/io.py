@@ -24,12 +24,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     unfinished = target.parent / f"{TEMPORARY}{target.name}-{os.getpid()}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
+    replaced = None
     try:
         yield unfinished
         for file in unfinished.rglob("*"):
             if file.is_file():
                 sync(file)
-        replaced = None
         if target.exists():
             replaced = target.parent / f"{TEMPORARY}{target.name}-old-{os.getpid()}"
             target.rename(replaced)
@@ -38,6 +38,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(replaced)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if replaced is not None and replaced.exists() and not target.exists():
+            replaced.rename(target)
         raise
 
 

@@ -186,3 +186,39 @@ def wait_for(condition: Any, process: Any, seconds: float = 120) -> None:
         assert process.poll() is None, "the run ended too early"
         assert time.time() < end, "the run did not get that far in time"
         time.sleep(0.05)
+
+
+def test_resume_with_other_batches_is_refused(tiny_experiment: dict[str, Any], tmp_path: Path) -> None:
+    tiny_experiment["run"] |= {"max_steps": 3, "save_freq": 2}
+    config = write_yaml(tmp_path / "x.yaml", tiny_experiment)
+    run_experiment(load_config(config), QUIET)
+    (tmp_path / "out" / "done.json").unlink()
+    with pytest.raises(ValueError, match="other data"):
+        run_experiment(load_config(config, ["run.batch_size_train=2", "run.max_steps=9"]), QUIET)
+
+
+def test_going_back_to_an_earlier_checkpoint_leaves_the_later_ones(
+    tiny_experiment: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny_experiment["run"] |= {"save_freq": 2, "keep_last": 5}
+    config = write_yaml(tmp_path / "x.yaml", tiny_experiment)
+    run_experiment(load_config(config), QUIET)
+    first = losses(tmp_path / "out")
+    folder = tmp_path / "out" / "checkpoints"
+    run_experiment(load_config(config, [f"run.resume={folder}/step_00000002"]), QUIET)
+    assert losses(tmp_path / "out") == first
+    assert {"left_step_00000004", "left_step_00000006", "step_00000006"} <= {p.name for p in folder.iterdir()}
+
+
+def test_full_disk_in_any_library_says_what_to_do(
+    tiny_experiment: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="free some space"):
+        run_experiment(load_config(write_yaml(tmp_path / "x.yaml", tiny_experiment)), QUIET)

@@ -254,3 +254,38 @@ def test_typo_is_answered_without_torch(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert f"{config}:{line}" in result.stderr and "did you mean 'init_lr'" in result.stderr
     assert "torch was imported" not in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_checkpoint_for_all_stages_is_where_the_first_one_starts(
+    tiny_experiment: dict[str, Any], tmp_path: Path
+) -> None:
+    base = train(tiny_experiment, tmp_path, f"run.output_dir={tmp_path}/base")
+    tiny_experiment["stages"] = [{"name": "one"}, {"name": "two"}]
+    tiny_experiment["model"]["checkpoint"] = str(base)
+    train(tiny_experiment, tmp_path)
+    one, two = losses(tmp_path / "out" / "one"), losses(tmp_path / "out" / "two")
+    assert two[0] < one[0], "the second stage goes on from the first, not from the common start"
+
+
+def test_eval_command_scores_what_was_trained(
+    tiny_experiment: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minivlm.cli import evaluate
+
+    tiny_experiment["run"] |= {"test_splits": ["test"], "init_lr": 1e-2, "max_epoch": 3}
+    base = train(tiny_experiment, tmp_path, f"run.output_dir={tmp_path}/base", "run.max_steps=1")
+    tiny_experiment["model"]["checkpoint"] = str(base)
+    trained = train(tiny_experiment, tmp_path)
+    done = json.loads((trained / "done.json").read_text())["metrics"]["loss"]
+    capsys.readouterr()
+    assert evaluate([str(tmp_path / "x.yaml")]) == 0
+    assert f"{done:.4f}" in capsys.readouterr().out
+
+
+def test_settings_of_an_encoder_without_weights_name_its_cache() -> None:
+    from minivlm.datasets.feature_cache import encoder_hash
+
+    class Model:
+        vision_encoder = torch.nn.Identity()
+
+    assert encoder_hash(Model(), {"patch": 8}) != encoder_hash(Model(), {"patch": 16})  # type: ignore[arg-type]

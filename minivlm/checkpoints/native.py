@@ -87,6 +87,8 @@ def write_model(
     container = to_container(config)
     container["checkpoint"] = None
     container["processor"]["image"] |= _image_node(processor)
+    for part in PARTS:
+        container[part]["weights"] = None
     for part in ("vision_encoder", "language_model"):
         _describe_inside(container[part], getattr(model, part), part in manifest.complete)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(container)), encoding="utf-8")
@@ -96,7 +98,6 @@ def write_model(
 
 def _describe_inside(node: dict[str, Any], part: Any, complete: bool) -> None:
     """A part whose weights are all in the file must not ask for its base folder again."""
-    node["weights"] = None
     hf = getattr(getattr(part, "model", None), "config", None)
     if complete and node.get("path") and hf is not None:
         node["path"], node["config"] = None, json.loads(hf.to_json_string(use_diff=True))
@@ -140,7 +141,9 @@ def find_model_folder(path: str | Path) -> Path:
         )
     if not root.exists():
         raise CheckpointError(f"there is no {'file' if root.suffix in ('.pth', '.pt') else 'folder'} {root}")
-    for candidate in (root, root / "model", *sorted(root.glob("*/model"), key=lambda p: p.stat().st_mtime)[::-1]):
+    newest = sorted(root.glob("*/model"), key=lambda p: p.stat().st_mtime, reverse=True)
+    checkpoints = sorted(root.glob("checkpoints/step_*/model"), reverse=True)
+    for candidate in (root, root / "model", *newest, *checkpoints):
         if is_model_folder(candidate):
             return candidate
     raise CheckpointError(

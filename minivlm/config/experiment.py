@@ -74,8 +74,10 @@ class RunConfig:
     resume: str = setting("auto", help="auto, none, or the path of a checkpoint")
     save_freq: int | None = setting(None, ge=1, help="optimiser steps between checkpoints; default: one an epoch")
     keep_last: int = setting(2, ge=1, help="checkpoints that are kept beside the best")
-    eval_freq: int | None = setting(None, ge=1, help="optimiser steps between evaluations of valid_splits")
-    log_freq: int = setting(10, ge=1, help="steps between printed lines where there is no terminal")
+    eval_freq: int | None = setting(
+        None, ge=1, help="optimiser steps between evaluations of valid_splits; default: one an epoch"
+    )
+    log_freq: int = setting(50, ge=1, help="steps between printed lines where there is no terminal")
     trackers: list[str] = setting(factory=list, choices=("tensorboard", "wandb"))
     job_name: str | None = setting(None, help="name shown by the trackers")
     nan_patience: int = setting(5, ge=0, help="non-finite steps in a row that are skipped before the run aborts")

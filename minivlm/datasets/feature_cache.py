@@ -8,6 +8,7 @@ written whole or not at all, each by one process, so several processes and a kil
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -40,16 +41,23 @@ class FeatureCache:
 
     @classmethod
     def for_model(
-        cls, root: str | Path, model: VisionLanguageModel, processor: VLMProcessor, precision: str = "fp32"
+        cls,
+        root: str | Path,
+        model: VisionLanguageModel,
+        processor: VLMProcessor,
+        precision: str = "fp32",
+        settings: Any = None,
     ) -> FeatureCache:
         """The cache of a model's frozen encoder, run in ``precision``, and its processor's transform.
+
+        ``settings`` is the encoder's configuration, which tells encoders without weights apart.
 
         Raises :class:`FeatureCacheError` if the encoder trains.
         """
         if not model.is_frozen("vision_encoder"):
             raise FeatureCacheError("run.feature_cache needs a frozen encoder: set model.vision_encoder.freeze: true")
         transforms = {name: t.fingerprint for name, t in processor.transforms.items()}
-        name = f"{encoder_hash(model)}-{hashlib.sha1(repr(transforms).encode()).hexdigest()[:12]}-{precision}"
+        name = f"{encoder_hash(model, settings)}-{hashlib.sha1(repr(transforms).encode()).hexdigest()[:12]}-{precision}"
         folder = Path(root) / name
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "about.json", {"encoder": repr(model.vision_encoder.source), "transforms": transforms})
@@ -100,10 +108,11 @@ class FeatureCache:
         self._where.update(dict.fromkeys(features, self.folder / name))
 
 
-def encoder_hash(model: VisionLanguageModel) -> str:
-    """Hash of the encoder's class, settings and weights."""
+def encoder_hash(model: VisionLanguageModel, settings: Any = None) -> str:
+    """Hash of the encoder's code, settings and weights."""
     encoder = model.vision_encoder
-    digest = hashlib.sha1(f"{type(encoder).__qualname__} {getattr(encoder, 'config', '')}".encode())
+    digest = hashlib.sha1(f"{type(encoder).__qualname__} {settings}".encode())
+    digest.update(Path(inspect.getfile(type(encoder))).read_bytes())
     for name, tensor in encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -128,7 +137,8 @@ def fill_cache(
     takes its share; call ``cache.refresh()`` when all are done.
     """
     missing = missing_pictures(cache, processor, samples)
-    mine = list(missing.items())[rank::world]
+    # By key, since every process looked at the folder at another moment.
+    mine = [(key, image) for key, image in missing.items() if int(key[:8], 16) % world == rank]
     model.vision_encoder.eval()
     pending: dict[str, Tensor] = {}
     for start in range(0, len(mine), batch_size):

@@ -123,7 +123,7 @@ def make_loader(
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_quiet_worker if workers else None,
+        worker_init_fn=quiet_worker if workers else None,
         generator=torch.Generator().manual_seed(plan.seed),  # its own, so that dropout resumes exactly
     )
 
@@ -138,8 +138,10 @@ class _Collate:
         return self.processor.collate(samples)
 
 
-def _quiet_worker(_: int) -> None:
+def quiet_worker(_: int) -> None:
+    """Set-up of a loading process: the main process decides what Ctrl-C and SIGTERM mean."""
     import signal
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

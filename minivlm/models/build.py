@@ -29,6 +29,7 @@ def build_model(config: Any, vocab_size: int, *, meta: bool = False) -> VisionLa
         part = getattr(config, name)
         if part.weights and not meta:
             load_weights(name, getattr(model, name), part.weights)
+            getattr(model, name).source = None  # the base alone would not give these weights again
         apply_freeze(name, getattr(model, name), part.freeze)
     return model
 

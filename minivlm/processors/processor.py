@@ -259,6 +259,8 @@ def _stack_images(samples: Sequence[Encoded]) -> tuple[dict[str, torch.Tensor], 
     if all(s.features is not None for s in with_images):
         return {}, torch.stack([f.float() for s in with_images for f in s.features or ()])
     if any(s.features is not None for s in with_images):
-        raise ValueError("a batch mixes cached and uncached pictures; rebuild the feature cache")
+        raise ValueError(
+            "a batch mixes cached and uncached pictures: delete the folder of run.feature_cache and run again"
+        )
     names = with_images[0].pixels
     return {name: torch.stack([p for s in with_images for p in s.pixels[name]]) for name in names}, None

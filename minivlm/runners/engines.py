@@ -75,9 +75,6 @@ class SingleEngine:
     def barrier(self) -> None:
         """Wait for all processes."""
 
-    def close(self) -> None:
-        """Leave the group of processes."""
-
 
 class DDPEngine(SingleEngine):
     """Several processes with a copy of the model each (torch DistributedDataParallel, Li et al. 2020)."""
@@ -109,10 +106,6 @@ class DDPEngine(SingleEngine):
     def barrier(self) -> None:
         """Wait for all processes."""
         dist.barrier()
-
-    def close(self) -> None:
-        """Leave the group of processes."""
-        dist.destroy_process_group()
 
 
 def make_engine(name: str, device: torch.device, precision: str) -> SingleEngine:

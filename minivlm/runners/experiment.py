@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -36,11 +37,14 @@ def run_experiment(experiment: Experiment, console: Console) -> dict[str, dict[s
     """
     results: dict[str, dict[str, float]] = {}
     previous: Path | None = None
+    start = experiment.stages[0].model.checkpoint  # given for all stages, it is where the first one starts
     for stage in experiment.stages:
-        if previous is not None and stage.model.checkpoint is None:
+        if previous is not None and stage.model.checkpoint in (None, start):
             stage.model.checkpoint = str(previous / "model")
         results[stage.name] = run_stage(stage, console)
         previous = Path(stage.run.output_dir)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return results
 
 
@@ -75,6 +79,7 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
     if not run.evaluate:
         if engine.rank == 0:
             container = {"model": to_container(stage.model), "run": to_container(run)}
+            done.unlink(missing_ok=True)
             write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(container)))
         runner = registry.get("runner", run.runner)(
             stage, model, processor, engine, task, data.train, data.valid, trained_before, console
@@ -125,7 +130,9 @@ def _prepare_cache(
     from rich.progress import Progress
 
     assert stage.run.feature_cache
-    cache = FeatureCache.for_model(stage.run.feature_cache, model, processor, engine.precision)
+    assert stage.model.vision_encoder
+    settings = stage.model.vision_encoder.config
+    cache = FeatureCache.for_model(stage.run.feature_cache, model, processor, engine.precision, settings)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         row = bar.add_task("features of the frozen encoder", total=None)
 

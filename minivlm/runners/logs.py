@@ -137,7 +137,7 @@ def draw_loss_curve(log: Path, target: Path, title: str) -> None:
     from matplotlib import pyplot as plt
 
     steps = [r for r in read_log(log) if "loss" in r and "lr" in r]
-    if not steps:
+    if len(steps) < 2:  # no curve yet
         return
     x, losses = [r["step"] for r in steps], [r["loss"] for r in steps]
     figure, axis = plt.subplots(figsize=(8, 4), dpi=120)

@@ -6,11 +6,13 @@ import json
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from minivlm import registry
 from minivlm.checkpoints.native import CheckpointError, Manifest, load_weights, save_model, trained_names, write_model
@@ -23,7 +25,7 @@ from minivlm.models.tuning import parameter_groups
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
 from minivlm.runners.engines import SingleEngine
-from minivlm.runners.logs import LOG, RunLog, Trackers, draw_loss_curve
+from minivlm.runners.logs import LOG, RunLog, Trackers, draw_loss_curve, read_log
 from minivlm.runners.state import (
     TrainState,
     checkpoints,
@@ -90,7 +92,10 @@ class Runner:
         fused = engine.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(groups, lr=self.run.init_lr, betas=betas, fused=fused)
         self.trained = trained_names(model, trained_before)
-        self.state = TrainState(precision=engine.precision, world=engine.world)
+        data = (
+            f"{self.plan.sizes} {self.plan.batch_size} {self.plan.seed} {self.plan.ratios} {self.run.group_by_length}"
+        )
+        self.state = TrainState(precision=engine.precision, world=engine.world, data=data)
         self.stop_signal: int | None = None
         self._bad: set[str] = set()
         self._nonfinite_in_row = 0
@@ -123,6 +128,8 @@ class Runner:
             if log:
                 log.close()
         self._finish()
+        if self.engine.sum(self.stop_signal or 0)[0]:
+            raise Interrupted(f"stopped behind the last step of {self.stage.name}; the model is saved")
 
     def _step(self, module: Any, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimiser step over ``accum_grad_iters`` micro batches, weighted by tokens of all processes."""
@@ -131,9 +138,9 @@ class Runner:
         waited = time.perf_counter() - start
         self._note_bad(micro)
         own = sum(int((batch.labels[:, 1:] >= 0).sum()) for batch in micro if batch.labels is not None)
-        supervised, positions, stop = self.engine.sum(
-            own, sum(int(batch.attention_mask.sum()) for batch in micro), self.stop_signal or 0
-        )
+        own_positions = sum(int(batch.attention_mask.sum()) for batch in micro)
+        supervised, positions, stop, bad = self.engine.sum(own, own_positions, self.stop_signal or 0, len(self._bad))
+        self._check_bad(int(bad))
         if stop:
             self.stop_signal = self.stop_signal or int(stop)
             self._interrupt()
@@ -172,8 +179,8 @@ class Runner:
     def _after_step(self, log: RunLog | None) -> None:
         step = self.state.step
         last = step == self.total_steps
-        every = self.run.eval_freq
-        if every and self.eval_samples is not None and (step % every == 0 or last):
+        every = self.run.eval_freq or self.steps_per_epoch
+        if self.eval_samples is not None and (step % every == 0 or last):
             self._evaluate(log)
         if step % (self.run.save_freq or self.steps_per_epoch) == 0 and not last:
             self.save()
@@ -204,7 +211,7 @@ class Runner:
         if better:
             self.state.best, self.state.best_step = value, self.state.step
             if self.is_main:
-                save_model(self.folder / "best", self.model, self.stage.model, self.processor, self._manifest(metrics))
+                self._save_model("best", metrics)
         self.model.train()
 
     def save(self) -> None:
@@ -212,16 +219,10 @@ class Runner:
         rngs = self.engine.gather(random_state())
         if self.is_main and self._saved_step != self.state.step:
             target = self.folder / "checkpoints" / f"step_{self.state.step:08d}"
-            try:
-                with atomic_folder(target) as unfinished:
-                    (unfinished / "model").mkdir()
-                    write_model(unfinished / "model", self.model, self.stage.model, self.processor, self._manifest({}))
-                    write_state(unfinished, self.state, self.optimizer, self.engine.scaler, rngs)
-            except OSError as error:
-                raise OSError(
-                    f"cannot save {target}: {error}; free some space and run the same command again, "
-                    "training goes on from the newest whole checkpoint"
-                ) from error
+            with _told_if_full(target), atomic_folder(target) as unfinished:
+                (unfinished / "model").mkdir()
+                write_model(unfinished / "model", self.model, self.stage.model, self.processor, self._manifest({}))
+                write_state(unfinished, self.state, self.optimizer, self.engine.scaler, rngs)
             prune(target.parent, self.run.keep_last)
         self._saved_step = self.state.step
         self.engine.barrier()
@@ -230,9 +231,14 @@ class Runner:
         """The last checkpoint, the model folder of the stage, and the loss curve."""
         self.save()
         if self.is_main:
-            save_model(self.folder / "model", self.model, self.stage.model, self.processor, self._manifest({}))
+            self._save_model("model", {})
             draw_loss_curve(self.folder / LOG, self.folder / "loss_curve.png", self.stage.name)
         self.engine.barrier()
+
+    def _save_model(self, name: str, metrics: dict[str, float]) -> None:
+        with _told_if_full(self.folder / name):
+            manifest = self._manifest(metrics)
+            save_model(self.folder / name, self.model, self.stage.model, self.processor, manifest)
 
     def _manifest(self, metrics: dict[str, float]) -> Manifest:
         return Manifest(trained=self.trained, step=self.state.step, stage=self.stage.name, metrics=metrics)
@@ -280,24 +286,40 @@ class Runner:
             source = found[-1]
         else:
             source = Path(self.run.resume)
-        self.state = read_state(source)
+        fresh, self.state = self.state, read_state(source)
+        self._check_same_data(source, fresh)
+        self._leave_later_checkpoints(source)
         if self.state.precision != self.engine.precision and self.is_main:
             self.console.print(
                 f"note: the checkpoint was trained in {self.state.precision}, this run is {self.engine.precision}"
             )
             self.state.precision = self.engine.precision
-        self._check_data_position(source)
+        if self.is_main:
+            self._bad = {record["id"] for record in read_log(self.folder / BAD_SAMPLES)}
         load_weights(self.model, source / "model")
         restore(source, self.optimizer, self.engine.scaler, self.engine.rank)
         if self.is_main:
             self.console.print(f"resuming from {source} (step {self.state.step} of {self.total_steps})")
 
-    def _check_data_position(self, source: Path) -> None:
-        if self.state.world != self.engine.world:
-            raise CheckpointError(
-                f"{source} was written by {self.state.world} processes, this run has {self.engine.world}; start it "
-                "with as many, or start anew from its weights with model.checkpoint and run.resume=none"
-            )
+    def _check_same_data(self, source: Path, fresh: TrainState) -> None:
+        """Refuse to count on in other batches than those that were counted."""
+        for what, then, now in (("processes", self.state.world, fresh.world), ("data", self.state.data, fresh.data)):
+            if then != now:
+                raise CheckpointError(
+                    f"{source} was written with other {what} ({then}) than this run has ({now}); go on with the "
+                    "same processes, datasets, batch size and seed, or start anew from its weights with "
+                    f"model.checkpoint={source} run.resume=none"
+                )
+
+    def _leave_later_checkpoints(self, source: Path) -> None:
+        """Going back to an earlier checkpoint, the later ones are kept under another name."""
+        own = self.folder / "checkpoints"
+        if source.resolve().parent != own.resolve():
+            self.state.best = self.state.best_step = None  # of another run, whose best model is not here
+        elif self.is_main:
+            for later in (p for p in checkpoints(own) if p.name > source.name):
+                later.rename(own / f"left_{later.name}")
+        self.engine.barrier()
 
     def _on_signal(self, number: int, _: Any) -> None:
         if self.stop_signal is not None:  # a second Ctrl-C does not wait
@@ -309,19 +331,21 @@ class Runner:
         raise Interrupted(f"stopped at step {self.state.step} of {self.total_steps}; the state is saved")
 
     def _note_bad(self, batches: Sequence[Batch]) -> None:
-        """Write down skipped samples; abort when they are more than ``run.max_bad_share`` of the data."""
+        """Write down skipped samples, each once."""
         for error in (error for batch in batches for error in batch.skipped):
             if error.sample_id in self._bad:
                 continue
             self._bad.add(error.sample_id)
-            self.state.bad_samples += 1
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / BAD_SAMPLES).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"id": error.sample_id, "reason": error.reason}) + "\n")
             self.console.print(f"skipped {error}", style="yellow", highlight=False, soft_wrap=True)
-        if len(self._bad) > self.run.max_bad_share * len(self.data):
+
+    def _check_bad(self, count: int) -> None:
+        """Abort when the bad samples of all processes are more than ``run.max_bad_share`` of the data."""
+        if count > self.run.max_bad_share * len(self.data):
             raise DatasetError(
-                f"{len(self._bad)} of {len(self.data)} samples are bad, more than run.max_bad_share "
+                f"{count} of {len(self.data)} samples are bad, more than run.max_bad_share "
                 f"({self.run.max_bad_share:.2%}); they are listed in {self.folder / BAD_SAMPLES}"
             )
 
@@ -331,7 +355,6 @@ class Runner:
             self._nonfinite_in_row = 0
             return
         self._nonfinite_in_row += 1
-        self.state.nonfinite += 1
         ids = [sample_id for batch in micro for sample_id in batch.sample_ids]
         self.console.print(
             f"step {self.state.step}: loss or gradient is not finite, step skipped "
@@ -343,6 +366,18 @@ class Runner:
                 f"{self._nonfinite_in_row} steps in a row were not finite (run.nan_patience); lower run.init_lr, use "
                 f"run.precision=fp32 or bf16, or look at samples {', '.join(ids[:8])}"
             )
+
+
+@contextmanager
+def _told_if_full(target: Path) -> Iterator[None]:
+    """What the libraries raise when a disk is full, as one OSError that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise OSError(
+            f"cannot save {target}: {error}; free some space and run the same command again, training goes on "
+            "from the newest whole checkpoint"
+        ) from error
 
 
 def _ratios(stage: StageConfig) -> list[float] | None:

@@ -18,7 +18,10 @@ from minivlm.io import TEMPORARY, write_json
 
 @dataclass
 class TrainState:
-    """Where a training stands. ``consumed`` counts global micro batches, ``best`` the best metric so far."""
+    """Where a training stands. ``consumed`` counts global micro batches, ``best`` the best metric so far.
+
+    ``data`` tells the data and the batches apart whose numbers ``consumed`` counts.
+    """
 
     step: int = 0
     consumed: int = 0
@@ -26,8 +29,7 @@ class TrainState:
     best_step: int | None = None
     precision: str = ""
     world: int = 1
-    bad_samples: int = 0
-    nonfinite: int = 0
+    data: str = ""
 
 
 def random_state() -> dict[str, Any]:
@@ -78,6 +80,7 @@ def read_state(folder: Path) -> TrainState:
 def restore(folder: Path, optimizer: Any, scaler: Any, rank: int) -> None:
     """Fill optimiser, loss scaler and this process's random generators from a checkpoint."""
     saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    asked = [{key: group[key] for key in ("weight_decay", "betas", "lr_scale")} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(saved["optimizer"])
     except ValueError as error:
@@ -85,6 +88,8 @@ def restore(folder: Path, optimizer: Any, scaler: Any, rank: int) -> None:
             f"{folder}: the optimiser's state belongs to other trainable parameters ({error}); "
             "resume with the same freeze settings, or start anew with run.resume=none"
         ) from error
+    for group, settings in zip(optimizer.param_groups, asked, strict=True):
+        group.update(settings)  # this run's, should they have been changed
     scaler.load_state_dict(saved["scaler"])
     rngs = torch.load(folder / "random.pt", weights_only=True)
     restore_random_state(rngs[rank % len(rngs)])

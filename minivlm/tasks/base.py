@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from minivlm.config.experiment import RunConfig
 from minivlm.datasets.base import DatasetError
+from minivlm.datasets.training_set import quiet_worker
 from minivlm.evaluation.vqa import evenly_spaced
 from minivlm.types import Batch, Encoded, Sample, SampleError
 
@@ -188,7 +187,10 @@ class EvalBatches:
         workers = min(self.run.num_workers, len(self._source))
         # A generator of its own: the loader's draw of a seed must not change the random state of training.
         own = torch.Generator()
-        for numbers, batch, bad in DataLoader(self._source, batch_size=None, num_workers=workers, generator=own):
+        loader = DataLoader(
+            self._source, batch_size=None, num_workers=workers, generator=own, worker_init_fn=quiet_worker
+        )
+        for numbers, batch, bad in loader:
             self.bad += bad
             self._refuse_bad()
             if batch is not None:
@@ -208,8 +210,3 @@ class EvalBatches:
 
 def _size(sample: Sample) -> tuple[int, int]:
     return len(sample.images), sum(len(message.content or "") for message in sample.messages)
-
-
-def _quiet_worker(_: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what Ctrl-C means
