@@ -130,19 +130,31 @@ def _run(experiment: Experiment, argv: Sequence[str]) -> int:
         return INTERRUPTED
     if is_main_process():
         stage = experiment.stages[-1]
-        print(f"model: {stage.run.output_dir}\ntalk to it: minivlm demo {stage.run.output_dir}")
+        folder = shlex.quote(stage.run.output_dir)
+        command = f"{_python()} demo.py --cfg-path {folder}" if _is_script() else f"minivlm demo {folder}"
+        print(f"model: {folder}\ntalk to it: {command}")
     return 0
 
 
 def _command_to_go_on(argv: Sequence[str]) -> str:
     """The command that was given, without what would start it anew or from elsewhere."""
-    script = sys.argv[0] if sys.argv[0].endswith(".py") else "-m minivlm.cli train"
+    script = sys.argv[0] if _is_script() else "-m minivlm.cli train"
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    launcher = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+    launcher = _python() if processes == 1 else f"torchrun --nproc-per-node {processes}"
     kept = [word for word in argv if not word.startswith("run.resume=")]
     if kept and kept[-1] == "--options":
         kept.pop()
     return f"{launcher} {script} {shlex.join(kept)}"
+
+
+def _is_script() -> bool:
+    return sys.argv[0].endswith("train.py")
+
+
+def _python() -> str:
+    """The interpreter as the user would type it: by its path when it lies below the current folder."""
+    path = os.path.relpath(sys.executable)
+    return "python" if path.startswith("..") else path
 
 
 def chat(argv: list[str]) -> int:

@@ -77,9 +77,9 @@ def address(process: subprocess.Popen[str]) -> str:
 @pytest.fixture
 def page(server: str) -> Iterator[Any]:
     """The open page; afterwards no request may have left this machine."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium")
+    from playwright import sync_api
+
+    assert CHROMIUM is not None, "install Chromium, e.g. apt-get install chromium"
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1200, "height": 800})

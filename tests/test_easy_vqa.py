@@ -28,12 +28,6 @@ RGB = {
 }
 
 
-@pytest.fixture(autouse=True)
-def package(request: pytest.FixtureRequest) -> None:
-    if "no_package" not in request.node.name:
-        pytest.importorskip("easy_vqa")
-
-
 def build(split: str, **config: Any) -> EasyVQADataset:
     return EasyVQABuilder(EasyVQAConfig(**config), "easy_vqa").build(split)
 

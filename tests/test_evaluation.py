@@ -187,7 +187,6 @@ def test_majority_takes_the_most_frequent_answer_of_the_question() -> None:
 
 
 def test_majority_on_easy_vqa_is_the_known_number() -> None:
-    pytest.importorskip("easy_vqa")
     from minivlm.datasets.configs import EasyVQAConfig
     from minivlm.datasets.easy_vqa import EasyVQABuilder
 

@@ -339,7 +339,7 @@ class Runner:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / BAD_SAMPLES).open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"id": error.sample_id, "reason": error.reason}) + "\n")
-            self.console.print(f"skipped {error}", style="yellow", highlight=False, soft_wrap=True)
+            self.console.print(f"skipped {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def _check_bad(self, count: int) -> None:
         """Abort when the bad samples of all processes are more than ``run.max_bad_share`` of the data."""
