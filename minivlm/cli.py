@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -122,6 +123,7 @@ def _run(experiment: Experiment, argv: Sequence[str]) -> int:
     from minivlm.runners.experiment import is_main_process, run_experiment
     from minivlm.runners.runner import Interrupted
 
+    start = time.perf_counter()
     try:
         run_experiment(experiment, Console())
     except Interrupted as stop:
@@ -132,6 +134,7 @@ def _run(experiment: Experiment, argv: Sequence[str]) -> int:
         stage = experiment.stages[-1]
         folder = shlex.quote(stage.run.output_dir)
         command = f"{_python()} demo.py --cfg-path {folder}" if _is_script() else f"minivlm demo {folder}"
+        print(f"finished in {time.perf_counter() - start:.0f} s{_peak_memory()}")
         print(f"model: {folder}\ntalk to it: {command}")
     return 0
 
@@ -145,6 +148,16 @@ def _command_to_go_on(argv: Sequence[str]) -> str:
     if kept and kept[-1] == "--options":
         kept.pop()
     return f"{launcher} {script} {shlex.join(kept)}"
+
+
+def _peak_memory() -> str:
+    """The most memory that this process took so far, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return f", {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB of memory at most"
 
 
 def _is_script() -> bool:
