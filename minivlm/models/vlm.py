@@ -107,13 +107,18 @@ class VisionLanguageModel(nn.Module):
         return output
 
     @torch.inference_mode()
-    def generate(self, batch: Batch, *, visual: Tensor | None = None, **options: Any) -> Tensor:
+    def generate(
+        self, batch: Batch, *, visual: Tensor | None = None, keep_last: int | None = None, **options: Any
+    ) -> Tensor:
         """New token ids [B, T] for left-padded prompts, greedy unless ``options`` say otherwise.
 
-        Options are those of transformers' ``generate`` (max_new_tokens, num_beams, do_sample, temperature,
+        ``keep_last`` leaves out all but so many of the last positions. Options are those of transformers' ``generate`` (max_new_tokens, num_beams, do_sample, temperature,
         top_p, streamer, stop_strings with tokenizer, ...).
         """
-        return self.language_model.generate(self.embed(batch, visual), batch.attention_mask, **options)
+        embeds, mask = self.embed(batch, visual), batch.attention_mask
+        if keep_last is not None:
+            embeds, mask = embeds[:, -keep_last:], mask[:, -keep_last:]
+        return self.language_model.generate(embeds, mask, **options)
 
 
 def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:

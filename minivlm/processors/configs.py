@@ -31,6 +31,7 @@ class TemplateConfig:
     turn_end: str = setting("", help="text behind an answer that is not supervised")
     turn_separator: str = setting("", help="text before every user turn but the first")
     image: str = setting("{image}", help="text around the visual tokens of a picture")
+    image_separator: str = setting("\n", help="between pictures given without a place in the text and the text")
     markers: str = setting(
         "keep",
         choices=("keep", "collapse_to_front"),

@@ -76,12 +76,12 @@ class ImageTransform:
         if self.resize == "pad":
             image = pad_to_square(image, tuple(int(x * 255) for x in self.mean))
         if self.resize != "shortest_edge":
-            return image.resize((self.size, self.size), resample)
+            return resize(image, (self.size, self.size), resample)
         width, height = image.size
         # the longer side is cut off, not rounded, as CLIP's processor does
         longer = int(self.size * max(width, height) / min(width, height))
         size = (self.size, longer) if width <= height else (longer, self.size)
-        image = image.resize(size, resample)
+        image = resize(image, size, resample)
         left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
         return image.crop((left, top, left + self.size, top + self.size))
 
@@ -89,6 +89,18 @@ class ImageTransform:
     def fingerprint(self) -> str:
         """Changes whenever the transform would give other pixels."""
         return hashlib.sha1(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """The picture in ``size`` (width, height), the same to the bit under every version of Pillow.
+
+    A resize is a pass over each axis with rounding between them, so their order shows in the result. Pillow
+    always began with the rows until version 13, which begins with the columns where the height shrinks by more
+    than twice as many pixels as the width. That is the rule here.
+    """
+    columns_first = image.height - size[1] > max(0, 2 * (image.width - size[0]))
+    between = (image.width, size[1]) if columns_first else (size[0], image.height)
+    return image.resize(between, resample).resize(size, resample)
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:

@@ -183,9 +183,7 @@ class VLMProcessor:
             return messages
         prompts = self.config.prompts or [IMAGE_MARKER]
         text = random.Random(f"{seed}/{sample.id}").choice(prompts)
-        if IMAGE_MARKER not in text:
-            text = f"{IMAGE_MARKER * len(sample.images)}\n{text}"
-        return [Message("user", text), *messages]
+        return [Message("user", self.template.with_images(text, len(sample.images))), *messages]
 
     def _encode(
         self,
