@@ -112,8 +112,9 @@ class VisionLanguageModel(nn.Module):
     ) -> Tensor:
         """New token ids [B, T] for left-padded prompts, greedy unless ``options`` say otherwise.
 
-        ``keep_last`` leaves out all but so many of the last positions. Options are those of transformers' ``generate`` (max_new_tokens, num_beams, do_sample, temperature,
-        top_p, streamer, stop_strings with tokenizer, ...).
+        ``keep_last`` leaves out all but so many of the last positions. Options are those of transformers'
+        ``generate`` (max_new_tokens, num_beams, do_sample, temperature, top_p, streamer, stop_strings with
+        tokenizer, ...).
         """
         embeds, mask = self.embed(batch, visual), batch.attention_mask
         if keep_last is not None:
