@@ -32,13 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "chat": (chat, "talk to a model in the terminal"),
         "demo": (demo, "open the web page of a model"),
         "check-data": (check_data, "read the data of an experiment file and report what is wrong"),
+        "prepare-captions": (prepare_captions, "make img2dataset's download list from lists of {url, caption}"),
         "list": (list_names, "registered names, by kind"),
         "doctor": (doctor, "versions, devices, missing extras"),
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"minivlm {__version__}\n\nusage: minivlm COMMAND ...\n")
         for name, (_, summary) in commands.items():
-            print(f"  {name:<12} {summary}")
+            print(f"  {name:<16} {summary}")
         return 0
     if arguments[0] == "--version":
         print(__version__)
@@ -200,6 +201,28 @@ def check_data(argv: list[str]) -> int:
         from minivlm.tasks.check_data import check_experiment
 
         return 0 if check_experiment(_load(arguments), Console(), arguments.limit) else 1
+
+    return guarded(work)
+
+
+def prepare_captions(argv: list[str]) -> int:
+    """``minivlm prepare-captions``: lists of pictures with captions as a TSV to download from."""
+    from pathlib import Path
+
+    parser = argparse.ArgumentParser(
+        prog="minivlm prepare-captions", description="Make img2dataset's download list from lists of {url, caption}."
+    )
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT.json", help="JSON array or JSON lines")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="LIST.tsv", help="url<TAB>caption, with a heading"
+    )
+    arguments = parser.parse_args(argv)
+
+    def work() -> int:
+        from minivlm.datasets.caption_list import prepare_captions as prepare
+
+        print(f"{arguments.output}: {prepare(arguments.inputs, arguments.output)}")
+        return 0
 
     return guarded(work)
 

@@ -39,6 +39,12 @@ class RunConfig:
     batch_size_train: int = setting(32, ge=1, help="samples per process and micro batch")
     batch_size_eval: int = setting(64, ge=1)
     accum_grad_iters: int = setting(1, ge=1, help="micro batches per optimiser step")
+    mix: str = setting(
+        "sample",
+        choices=("sample", "batch"),
+        help="what is drawn by sample_ratio: the dataset of every sample, or that of every batch of a process (always "
+        "so when a dataset is a stream)",
+    )
     num_workers: int = setting(0, ge=0, help="processes that load data")
     train_splits: list[str] = setting(factory=lambda: ["train"])
     valid_splits: list[str] = setting(factory=list)
@@ -50,7 +56,9 @@ class RunConfig:
 
     # length of the training
     max_epoch: int = setting(1, ge=1)
-    iters_per_epoch: int | None = setting(None, ge=1, help="optimiser steps of an epoch; default: the data once")
+    iters_per_epoch: int | None = setting(
+        None, ge=1, help="optimiser steps of an epoch; default: the data once, 10000 for streams"
+    )
     max_steps: int | None = setting(None, ge=1, help="stop after this many optimiser steps")
 
     # optimiser and schedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minivlm.schema import setting
+from minivlm.schema import Part, setting
 
 
 @dataclass(kw_only=True)
@@ -13,6 +13,12 @@ class DatasetConfig:
 
     sample_ratio: float | None = setting(None, gt=0, help="weight in the mix; default: every sample once an epoch")
     max_samples: int | None = setting(None, ge=1, help="use only the first so many samples of a split")
+    batch_size: int | None = setting(
+        None,
+        ge=1,
+        help="samples per process and micro batch, where a batch holds one dataset (run.mix: batch, and streams); "
+        "default: run.batch_size_train",
+    )
 
 
 @dataclass(kw_only=True)
@@ -42,3 +48,17 @@ class CCSBUAlignConfig(DatasetConfig):
     """MiniGPT-4's second stage, as its authors publish it."""
 
     storage: str = setting(help="folder with filter_cap.json and the pictures image/<image_id>.jpg")
+
+
+@dataclass(kw_only=True)
+class WebDatasetConfig(DatasetConfig):
+    """Tar shards with ``<key>.jpg`` and ``<key>.json`` (its ``caption``), as img2dataset writes them."""
+
+    storage: str | list[str] = setting(help="paths or URLs of the shards, with ranges: laion/{00000..10488}.tar")
+    resampled: bool = setting(
+        True, help="draw shards with replacement; false: every shard once a pass, shared out to all loading processes"
+    )
+    shuffle_buffer: int = setting(1000, ge=1, help="samples that are shuffled together; 1: as they stand in the shards")
+    text_processor: Part | None = setting(
+        factory=lambda: {"name": "blip_caption"}, part="processor", help="cleans the captions; null: as they are"
+    )

@@ -63,6 +63,14 @@ class ImageConfig:
 
 
 @dataclass
+class BlipCaptionConfig:
+    """How the captions of BLIP and MiniGPT-4's first stage are cleaned."""
+
+    prompt: str = setting("", help="text in front of every caption")
+    max_words: int = setting(50, ge=1, help="longer captions are cut")
+
+
+@dataclass
 class ProcessorConfig:
     """How a sample becomes ids, labels and pixels."""
 
