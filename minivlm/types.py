@@ -46,7 +46,7 @@ class Sample:
     """One record of a dataset, pictures not yet opened.
 
     ``images`` holds paths or PIL images in the order of their markers. ``meta`` is for evaluation:
-    ``answers`` (list of accepted strings), ``question``, ``question_type``, ...
+    ``answers`` (list of accepted strings), ``question``, ``question_type``, ``metric`` (its registered name), ...
     """
 
     id: str

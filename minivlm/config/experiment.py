@@ -39,6 +39,12 @@ class RunConfig:
     batch_size_train: int = setting(32, ge=1, help="samples per process and micro batch")
     batch_size_eval: int = setting(64, ge=1)
     accum_grad_iters: int = setting(1, ge=1, help="micro batches per optimiser step")
+    mix: str = setting(
+        "sample",
+        choices=("sample", "batch"),
+        help="what is drawn by sample_ratio: the dataset of every sample, or that of every batch of a process (always "
+        "so when a dataset is a stream)",
+    )
     num_workers: int = setting(0, ge=0, help="processes that load data")
     train_splits: list[str] = setting(factory=lambda: ["train"])
     valid_splits: list[str] = setting(factory=list)
@@ -60,6 +66,11 @@ class RunConfig:
     warmup_lr: float = setting(0.0, ge=-1, help="rate at the start of the warm-up; -1: init_lr")
     warmup_steps: int = setting(0, ge=0)
     lr_decay_rate: float | None = setting(None, gt=0, le=1, help="factor per epoch of the step schedule")
+    compat: str | None = setting(
+        None,
+        choices=(None, "minigpt4", "lavis"),
+        help="count the steps of a schedule as this system did, for its published numbers; see runners/schedules.py",
+    )
     weight_decay: float = setting(0.05, ge=0)
     beta1: float = setting(0.9, ge=0, lt=1)
     beta2: float = setting(0.999, ge=0, lt=1)
