@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,22 +66,26 @@ def load_model_and_preprocess(
 ) -> tuple[VisionLanguageModel, dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
     """LAVIS's form: the model of packaged defaults, and its picture and text processors by ``train``/``eval``.
 
-    A picture processor takes a PIL image and returns [3, H, W]; a text processor returns the text.
+    A picture processor takes a PIL image and returns [3, H, W]; a text processor returns the text, cleaned where
+    the model's `processor.text` says so. Raises :class:`ConfigError` for an unknown model, and where a file of
+    weights must be named (MiniGPT-4: by environment variables).
     """
     container = registry_model(name, model_type)
     model, processor, _ = assemble(container)
     model.to(resolve_device(device)).train(not is_eval)
-    transform = next(iter(processor.transforms.values()))
+    name_of_input = next(iter(processor.transforms))
 
     def vis_processor(image: Any) -> torch.Tensor:
-        return transform(image.convert("RGB"))
+        return processor.load_pixels(image)[name_of_input]
 
-    def text_processor(text: str) -> str:
-        return text
+    def vis_processor_train(image: Any) -> torch.Tensor:
+        return processor.load_pixels(image, seed=str(random.random()))[name_of_input]
 
+    text = processor.config.text
+    text_processor = registry.get("processor", text.name)(text.config) if text else str
     return (
         model,
-        {"train": vis_processor, "eval": vis_processor},
+        {"train": vis_processor_train, "eval": vis_processor},
         {"train": text_processor, "eval": text_processor},
     )
 

@@ -45,8 +45,8 @@ class Message:
 class Sample:
     """One record of a dataset, pictures not yet opened.
 
-    ``images`` holds paths, PIL images or files in memory in the order of their markers. ``meta`` is for
-    evaluation: ``answers`` (list of accepted strings), ``question``, ``question_type``, ...
+    ``images`` holds paths, PIL images or files in memory in the order of their markers. ``meta`` is for evaluation:
+    ``answers`` (list of accepted strings), ``question``, ``question_type``, ``metric`` (its registered name), ...
     """
 
     id: str

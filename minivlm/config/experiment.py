@@ -68,6 +68,11 @@ class RunConfig:
     warmup_lr: float = setting(0.0, ge=-1, help="rate at the start of the warm-up; -1: init_lr")
     warmup_steps: int = setting(0, ge=0)
     lr_decay_rate: float | None = setting(None, gt=0, le=1, help="factor per epoch of the step schedule")
+    compat: str | None = setting(
+        None,
+        choices=(None, "minigpt4", "lavis"),
+        help="count the steps of a schedule as this system did, for its published numbers; see runners/schedules.py",
+    )
     weight_decay: float = setting(0.05, ge=0)
     beta1: float = setting(0.9, ge=0, lt=1)
     beta2: float = setting(0.999, ge=0, lt=1)

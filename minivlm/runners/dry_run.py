@@ -43,7 +43,12 @@ def dry_run(experiment: Experiment, console: Console) -> bool:
         model, processor, stage.model = assemble(stage.model, meta=True)
         rows = part_table(model, stage.model, stage.run.init_lr)
         console.print(_parts(rows))
-        fine &= _show_data(stage, model, processor, rows, console)
+        if stage.run.evaluate:
+            fine &= _show_evaluation(stage, processor, console)
+        elif not stage.datasets:
+            console.print("\nno datasets: there is a model to talk to, and nothing to train")
+        else:
+            fine &= _show_data(stage, model, processor, rows, console)
     return fine
 
 
@@ -54,6 +59,27 @@ def _parts(rows: list[PartRow]) -> Table:
         table.add_row(row.part, f"{row.parameters:,}", f"{row.trainable:,}", row.dtype, lr)
     table.add_row("total", f"{sum(r.parameters for r in rows):,}", f"{sum(r.trainable for r in rows):,}", "", "")
     return table
+
+
+def _show_evaluation(stage: StageConfig, processor: VLMProcessor, console: Console) -> bool:
+    """The first question of every dataset that would be evaluated; False if one cannot be read."""
+    run = stage.run
+    fine, seen = True, False
+    for key, builder in build_datasets(stage.datasets).items():
+        for split in (s for s in run.test_splits if s in builder.splits):
+            seen = True
+            try:
+                samples = builder.build(split)
+                encoded = processor.prompt_sample(samples[0])
+            except (DatasetError, SampleError) as error:
+                console.print(Text(f"data: {error}", style="red"))
+                fine = False
+                continue
+            console.print(f"\n{key}, split {split}: {len(samples):,} samples; task {run.task}", highlight=False)
+            console.print(render_mask(encoded, processor.tokenizer))
+    if not seen:
+        console.print(Text(f"data: no dataset has a split of run.test_splits {run.test_splits}", style="red"))
+    return fine and seen
 
 
 def _show_data(
