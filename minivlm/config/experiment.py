@@ -21,7 +21,9 @@ class ModelConfig:
     template: Part | None = setting(None, part="template", help="how a conversation becomes text")
     processor: Part | None = setting(factory=lambda: {"name": "vlm"}, part="processor")
     checkpoint: str | None = setting(
-        None, help="folder written by minivlm to start from; alone it also brings the parts"
+        None,
+        help="what to start from: a folder written by minivlm, which alone also brings the parts, or a .pth file of "
+        "MiniGPT-4 or MiniGPT-v2 (path or URL)",
     )
 
 

@@ -38,6 +38,15 @@ class VisionLanguageModel(nn.Module):
         self.vision_encoder = vision_encoder
         self.connector = connector
         self.language_model = language_model
+        self.load_reports: list[Any] = []
+        """What the files held that have filled the parts, for printing (``.summary``) or a closer look."""
+        self.trained_before: list[str] = []
+        """Names of the parameters that the checkpoint has trained, in this or an earlier stage."""
+
+    def fits(self, name: str, shape: torch.Size) -> bool:
+        """Whether ``load_state_dict`` takes a tensor of another shape; see :meth:`PartModule.fits`."""
+        part, _, rest = name.partition(".")
+        return part in PARTS and getattr(self, part).fits(rest, shape)
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from minivlm import registry
 from minivlm.api import assemble, resolve_device
-from minivlm.checkpoints.native import find_model_folder, load_weights, read_manifest
+from minivlm.checkpoints.native import find_model_folder, load_weights
 from minivlm.config.experiment import Experiment, StageConfig, to_container
 from minivlm.datasets.feature_cache import FeatureCache, FeatureCacheError, fill_cache
 from minivlm.datasets.streams import SampleStream
@@ -70,9 +70,6 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
     seed_everything(run.seed)
     model, processor, stage.model = assemble(stage.model)
     model.to(engine.device)
-    trained_before = []
-    if stage.model.checkpoint:
-        trained_before = read_manifest(find_model_folder(stage.model.checkpoint)).trained
     task = registry.get("task", run.task)(run)
     data = _Splits(stage)
     if run.feature_cache:
@@ -83,7 +80,7 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
             done.unlink(missing_ok=True)
             write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(container)))
         runner = registry.get("runner", run.runner)(
-            stage, model, processor, engine, task, data.train, data.valid, trained_before, console
+            stage, model, processor, engine, task, data.train, data.valid, model.trained_before, console
         )
         runner.train()
         _take_best(runner, model, folder, console)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from minivlm.config.errors import ConfigError
 from minivlm.config.experiment import DemoConfig, ModelConfig, StageConfig
+from minivlm.paths import is_placeholder, is_weight_file
 from minivlm.registry import RegistryError
 
 if TYPE_CHECKING:
@@ -92,9 +93,10 @@ def _read(path: str, options: Sequence[str]) -> StageConfig:
         for note in experiment.notes:
             print(f"note: {note}", file=sys.stderr)
         stage = experiment.stages[-1]
-    if stage.model.checkpoint and not Path(stage.model.checkpoint).exists():
+    start = stage.model.checkpoint
+    if start and not (Path(start).exists() or is_weight_file(start) or is_placeholder(start)):
         raise DemoError(
-            f"there is no model in {stage.model.checkpoint}; train it first: `python train.py --cfg-path FILE` "
+            f"there is no model in {start}; train it first: `python train.py --cfg-path FILE` "
             "with its experiment file, or `make quickstart` for the model of the quickstart"
         )
     return stage
