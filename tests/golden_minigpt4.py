@@ -29,13 +29,17 @@ def golden_images() -> list[Path]:
 
 
 def golden_minigpt4(
-    variant: str = "vicuna0", *, suffix: str = ".pth", checkpoint: str | None = "", **vision: Any
+    variant: str = "vicuna0", *, bases: Path | None = None, checkpoint: str | None = "", **vision: Any
 ) -> dict[str, Any]:
     """Section ``model`` of a variant (``vicuna0``, ``llama2`` or ``v2``) that reads the original's files.
 
-    ``suffix`` is that of the base files; ``checkpoint`` another one, or None; ``vision`` are settings of the
-    vision encoder, such as ``image_size``.
+    ``bases`` is a folder with the base files as .safetensors; ``checkpoint`` another one, or None; ``vision`` are
+    settings of the vision encoder, such as ``image_size``.
     """
+    eva, blip2 = (
+        str(bases / f"{name}.safetensors" if bases else GOLDEN / f"{name}.pth")
+        for name in ("eva_vit_g", "blip2_pretrained")
+    )
     config = golden_config()
     vit, qformer, lora = config["vit"], config["qformer"], config["minigptv2_lora"]
     with_qformer = variant == "vicuna0"
@@ -50,7 +54,7 @@ def golden_minigpt4(
             "mlp_ratio": vit["mlp_ratio"],
             "class_token": "keep" if with_qformer else "drop",
             "freeze": True,
-            "weights": str(GOLDEN / f"eva_vit_g{suffix}"),
+            "weights": eva,
             **vision,
         },
         "connector": {"name": "patch_merge", "factor": 4},
@@ -69,7 +73,7 @@ def golden_minigpt4(
             "intermediate_size": qformer["intermediate_size"],
             "cross_attention_every": qformer["cross_attention_freq"],
             "freeze": ["qformer*", "query_tokens"],
-            "weights": str(GOLDEN / f"blip2_pretrained{suffix}"),
+            "weights": blip2,
         }
     if variant == "v2":
         section["language_model"]["lora"] = {

@@ -99,11 +99,20 @@ def same_weights(one: VisionLanguageModel, other: VisionLanguageModel) -> None:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def safetensors_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the base files as flat .safetensors."""
+    folder = tmp_path_factory.mktemp("bases")
+    save_file(read_pth("eva_vit_g.pth"), folder / "eva_vit_g.safetensors")
+    save_file(read_pth("blip2_pretrained.pth")["model"], folder / "blip2_pretrained.safetensors")
+    return folder
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(("variant", "name"), [("vicuna0", "projected"), ("llama2", "llama2.projected")])
-def test_golden_minigpt4_projected_tokens(variant: str, name: str, suffix: str) -> None:
+def test_golden_minigpt4_projected_tokens(variant: str, name: str, suffix: str, safetensors_bases: Path) -> None:
     """ViT, ln_vision, Q-Former and projection come from three files of the original."""
-    model, processor, _ = build(golden_minigpt4(variant, suffix=suffix))
+    model, processor, _ = build(golden_minigpt4(variant, bases=None if suffix == ".pth" else safetensors_bases))
     model.eval()
     got = tokens(model, expected()["pixels"])
     assert len(got) == len(golden_images()) and got.shape == expected()[name].shape
@@ -662,14 +671,15 @@ def inspected(path: str | Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_inspecting_bases(suffix: str) -> None:
-    eva = inspected(GOLDEN / f"eva_vit_g{suffix}")
+def test_inspecting_bases(suffix: str, safetensors_bases: Path) -> None:
+    folder = GOLDEN if suffix == ".pth" else safetensors_bases
+    eva = inspected(folder / f"eva_vit_g{suffix}")
     assert eva["holds"] == "EVA-CLIP-g's vision encoder, a base" and eva["good for"] == "model.vision_encoder.weights"
     assert eva["width of the vision encoder"].startswith(f"{WIDTH} ")
     assert eva["blocks of the vision encoder"].startswith(f"{DEPTH + 1} ") and "last block" in eva
     assert eva["image size"].startswith(f"{VIT['file_image_size']} px")
     assert f"{len(read_pth('eva_vit_g.pth'))} float16" in eva["tensors"]
-    blip2 = inspected(GOLDEN / f"blip2_pretrained{suffix}")
+    blip2 = inspected(folder / f"blip2_pretrained{suffix}")
     assert blip2["good for"] == "model.connector.weights"
     assert blip2["query tokens"].startswith(f"{QFORMER['num_query_token']} ")
     assert blip2["layers of the Q-Former"].startswith(f"{QFORMER['num_hidden_layers']} ")

@@ -69,7 +69,7 @@ def _show_evaluation(stage: StageConfig, processor: VLMProcessor, console: Conso
         for split in (s for s in run.test_splits if s in builder.splits):
             seen = True
             try:
-                samples = builder.build(split)
+                samples = build_split({key: builder}, [split])[0].sized
                 encoded = processor.prompt_sample(samples[0])
             except (DatasetError, SampleError) as error:
                 console.print(Text(f"data: {error}", style="red"))
