@@ -13,6 +13,7 @@ from PIL import Image
 
 from minivlm.api import assemble
 from minivlm.checkpoints.native import Manifest, save_model, trained_names
+from minivlm.config import ConfigError
 from minivlm.config.loader import parse_model
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.cc_sbu_align import CCSBUAlignBuilder
@@ -314,8 +315,12 @@ def test_a_model_with_lora_comes_back_from_its_folder(tmp_path: Path) -> None:
 
 
 def test_a_model_without_path_says_what_to_give() -> None:
+    with pytest.raises(ConfigError, match=r"model\.language_model\.path: a value must be given .* MINIVLM_VICUNA"):
+        parse_model({"arch": "minigpt4", "model_type": "pretrain_vicuna0"}, "test")
+    section = tiny_model()
+    section["language_model"] = {"name": "hf"}
     with pytest.raises(ModelError, match=r"model\.language_model\.path: give the folder or hub id"):
-        assemble(parse_model({"arch": "minigpt4", "model_type": "pretrain_vicuna0"}, "test"), meta=True)
+        assemble(parse_model(section, "test"), meta=True)
 
 
 # --- data ---------------------------------------------------------------------------------------------------------

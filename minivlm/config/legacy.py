@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minivlm.config.errors import Problem
-from minivlm.config.legacy_table import RULES, Old, Rule, carriers, implied
+from minivlm.config.legacy_eras import carriers, implied
+from minivlm.config.legacy_table import RULES, Old, Rule
 from minivlm.config.source import KeyPath, Mark, Tree
 from minivlm.config.values import show
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from minivlm.config.legacy_eras import LAVIS_KEYS, ON_VICUNA, is_v1, section_of
 from minivlm.config.legacy_text import is_packaged, read_prompts, split_template
-from minivlm.config.source import KeyPath
 
 
 @dataclass(frozen=True)
@@ -47,64 +47,20 @@ BENCHMARKS = {"refcoco+": "refcocop", "okvqa": "ok_vqa"}
 """Names of MiniGPT-v2's evaluation files that are spelt otherwise than those of its training data."""
 FROZEN_QFORMER = ["qformer*", "query_tokens"]
 """``freeze_qformer`` leaves the projection behind the Q-Former trainable."""
-_PROCESSORS = {"vis_processor", "text_processor"}
-_CAPTIONS = {"laion", "cc_sbu", "cc_sbu_align"}
-"""Datasets of pictures with nothing but a caption."""
-_ON_VICUNA = ("pretrain_vicuna", "pretrain_vicuna0")
 _STREAMED = {"laion", "cc_sbu"}
-_TRAINING_KEYS = {"train_splits", "max_epoch", "max_iters", "init_lr"}
 _PICTURES = ("blip2_image_train", "blip2_image_eval")
-_LAVIS_KEYS = {"amp", "dist_url", "world_size", "distributed", "resume_ckpt_path", "save_last", "val_freq"}
-
-
-# ------------------------------------------------------------------------------------------- eras
-def _section_of(root: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A section of the file; what is no mapping is reported elsewhere."""
-    section = root.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def _is_old(root: Mapping[str, Any]) -> bool:
-    """Whether a file is of the old layout, and not one of today's that names a MiniGPT-4 model."""
-    datasets = _section_of(root, "datasets").values()
-    has_processors = any(isinstance(node, dict) and _PROCESSORS & set(node) for node in datasets)
-    return has_processors or bool(_LAVIS_KEYS & set(_section_of(root, "run")))
-
-
-def _is_v1(root: Mapping[str, Any]) -> bool:
-    """Whether a file is of April to July 2023, whose pictures and chat were others."""
-    model = _section_of(root, "model")
-    if model.get("model_type") not in _ON_VICUNA:
-        return False
-    says_so = model.get("arch") == "minigpt4" and _is_old(root) and "batch_size_train" in _section_of(root, "run")
-    return says_so or model.get("arch") == "mini_gpt4"
-
-
-def implied(root: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    """What a file of the old layout means without saying it: key -> (value, the reason).
-
-    Without prompts MiniGPT-4 trains on the bare picture and its caption; the packaged template is for a file
-    that has some.
-    """
-    model = _section_of(root, "model")
-    trains = _TRAINING_KEYS & set(_section_of(root, "run"))
-    captions = set(_section_of(root, "datasets")) <= _CAPTIONS
-    prompts = any(model.get(key) for key in ("prompt_path", "prompt_template", "template"))
-    if not (trains and captions and _is_old(root) and model.get("arch") in ("minigpt4", "mini_gpt4")) or prompts:
-        return {}
-    return {"model.template.name": ("plain", "it names no prompts, so a caption follows the bare picture")}
 
 
 # ------------------------------------------------------------------------------------------ model
 def _arch(old: Old) -> New | None:
-    wanted = "mini_gpt4" if _is_v1(old.root) else "minigpt4"
+    wanted = "mini_gpt4" if is_v1(old.root) else "minigpt4"
     return {"model.arch": wanted} if old.value in ("mini_gpt4", "minigpt4") and old.value != wanted else None
 
 
 def _model_type(old: Old) -> New | None:
     ours = old.section.get("arch") in (None, "mini_gpt4", "minigpt4")
-    wanted = "pretrain_vicuna" if _is_v1(old.root) else "pretrain_vicuna0"
-    known = ours and old.value in _ON_VICUNA and old.value != wanted
+    wanted = "pretrain_vicuna" if is_v1(old.root) else "pretrain_vicuna0"
+    known = ours and old.value in ON_VICUNA and old.value != wanted
     # "pretrain_vicuna" was renamed with the arch; on its own the later name is what is meant.
     return {"model.model_type": wanted} if known else None
 
@@ -227,7 +183,7 @@ def _image_size(old: Old) -> New:
 
 def _image_name(old: Old) -> New:
     """One processor for all: the one of training, if any node names it."""
-    nodes = [_section_of(old.root, "preprocess"), *_section_of(old.root, "datasets").values()]
+    nodes = [section_of(old.root, "preprocess"), *section_of(old.root, "datasets").values()]
     pictures = [node["vis_processor"] for node in nodes if isinstance(node, dict) and "vis_processor" in node]
     splits = [split for each in pictures if isinstance(each, dict) for split in each.values()]
     given = [split.get("name") for split in splits if isinstance(split, dict)]
@@ -236,7 +192,7 @@ def _image_name(old: Old) -> New:
 
 
 def _scale(old: Old) -> New:
-    if not _is_v1(old.root):
+    if not is_v1(old.root):
         return {}
     share = [old.section.get("min_scale", 0.5), old.section.get("max_scale", 1.0)]
     return {"model.processor.image.random_crop": share}
@@ -255,12 +211,12 @@ def _caption(key: str) -> Any:
 
 def _numbers(old: Old, section: str, key: str) -> list[int]:
     """The values of ``key`` in all datasets of a section."""
-    nodes = _section_of(old.root, section).values()
+    nodes = section_of(old.root, section).values()
     return [node[key] for node in nodes if isinstance(node, dict) and isinstance(node.get(key), int)]
 
 
 def _eval_batch_size(old: Old) -> New:
-    if "batch_size_eval" in _section_of(old.root, "run"):
+    if "batch_size_eval" in section_of(old.root, "run"):
         return {}
     return {"run.batch_size_eval": min(_numbers(old, "evaluation_datasets", "batch_size"), default=old.value)}
 
@@ -282,19 +238,6 @@ def _eval_file(old: Old) -> New:
 def _task(old: Old) -> New | None:
     evaluates = old.value == "image_text_pretrain" and "evaluation_datasets" in old.root
     return {"run.task": "vqa"} if evaluates else None
-
-
-def carriers(root: Mapping[str, Any]) -> list[tuple[KeyPath, str]]:
-    """The dataset nodes of a demo or evaluation file that only tell how to treat pictures and texts."""
-    run, datasets = root.get("run"), root.get("datasets")
-    if not isinstance(run, dict) or not isinstance(datasets, dict) or _TRAINING_KEYS & set(run):
-        return []
-    why = "this file trains nothing, and the node only told how to treat pictures and texts"
-    return [
-        (("datasets", str(key)), why)
-        for key, node in datasets.items()
-        if isinstance(node, dict) and node and set(node) <= _PROCESSORS
-    ]
 
 
 _NO_IMAGE_NAME = "model.processor.image tells how a picture is treated"
@@ -366,7 +309,7 @@ def _wandb(old: Old) -> New:
 
 
 def _save_freq(old: Old) -> New | None:
-    return {} if _LAVIS_KEYS & set(old.section) else None
+    return {} if LAVIS_KEYS & set(old.section) else None
 
 
 def _ratios(old: Old) -> New:
