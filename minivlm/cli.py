@@ -1,4 +1,4 @@
-"""The command line: ``minivlm train | eval | chat | demo | check-data | list | doctor``.
+"""The command line: ``minivlm train | eval | chat | demo | check-data | cache | list | doctor``.
 
 Arguments are parsed and the experiment file is checked before anything heavy is imported.
 """
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "chat": (chat, "talk to a model in the terminal"),
         "demo": (demo, "open the web page of a model"),
         "check-data": (check_data, "read the data of an experiment file and report what is wrong"),
+        "cache": (cache, "encode the pictures of an experiment file ahead of its training"),
         "list": (list_names, "registered names, by kind"),
         "doctor": (doctor, "versions, devices, missing extras"),
     }
@@ -200,6 +201,22 @@ def check_data(argv: list[str]) -> int:
         from minivlm.tasks.check_data import check_experiment
 
         return 0 if check_experiment(_load(arguments), Console(), arguments.limit) else 1
+
+    return guarded(work)
+
+
+def cache(argv: list[str]) -> int:
+    """``minivlm cache``: fill run.feature_cache with the pictures of all stages."""
+    description = "Encode the pictures of an experiment file ahead of its training, into run.feature_cache."
+    arguments = _parse(_experiment_parser("cache", description), argv)
+
+    def work() -> int:
+        from rich.console import Console
+
+        from minivlm.runners.build_cache import build_caches
+
+        build_caches(_load(arguments), Console())
+        return 0
 
     return guarded(work)
 
