@@ -38,7 +38,6 @@ class HFLanguageModel(LanguageModel):
         if config.quantization:
             arguments |= _quantization(config)
         if config.path is None or on_meta_device():
-            arguments.pop("quantization_config", None)
             self.model: Any = AutoModelForCausalLM.from_config(hf, **arguments)
         else:
             self.model = from_pretrained(part, AutoModelForCausalLM, config.path, revision=config.revision, **arguments)
@@ -100,6 +99,8 @@ def _quantization(config: HFLanguageModelConfig) -> dict[str, Any]:
         raise ModelError(
             f"{part}: a model that is trained from scratch cannot be quantised; give a path or leave it out"
         )
+    if on_meta_device():  # where nothing is loaded; `minivlm.runners.memory` counts what it would take
+        return {}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f'{part}: {config.quantization} needs bitsandbytes; run pip install "minivlm[quant]"')
     from transformers import BitsAndBytesConfig
