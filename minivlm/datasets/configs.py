@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from minivlm.lavis.configs import LavisEnvironment
 from minivlm.schema import setting
 
 
@@ -42,3 +44,18 @@ class CCSBUAlignConfig(DatasetConfig):
     """MiniGPT-4's second stage, as its authors publish it."""
 
     storage: str = setting(help="folder with filter_cap.json and the pictures image/<image_id>.jpg")
+
+
+@dataclass(kw_only=True)
+class LavisDatasetConfig(DatasetConfig, LavisEnvironment):
+    """A dataset builder of LAVIS; what is not given comes from LAVIS, which then downloads the annotations."""
+
+    builder: str = setting(help="LAVIS's name, e.g. coco_caption, coco_vqa, sbu_caption")
+    config: str | None = setting(None, help="YAML file of LAVIS's layout instead of LAVIS's own")
+    annotations: dict[str, str | list[str]] | None = setting(None, help="annotation file or files of every split")
+    images: str | None = setting(None, help="folder of the pictures")
+    text_processor: str | None = setting(None, help="LAVIS's processor for the texts, e.g. blip_caption")
+    answer: str | None = setting(
+        None, help="key of the item that holds the answer; default: answers, answer or text_output"
+    )
+    options: dict[str, Any] = setting(factory=dict, help="further keys of the builder's configuration")

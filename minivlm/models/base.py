@@ -30,6 +30,8 @@ class VisionEncoder(nn.Module):
     """``size``, ``resize``, ``interpolation``, ``mean``, ``std``: how a picture becomes its input."""
     source: dict[str, str] | None = None
     """Where the weights came from (``path``, ``revision``, ...), None if they were drawn at random."""
+    can_train: bool = True
+    """False if the weights are out of reach, so that the encoder is frozen whatever happens."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, tokens, channels]."""

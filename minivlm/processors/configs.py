@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from minivlm.lavis.configs import LavisEnvironment
 from minivlm.schema import Part, setting
 
 
@@ -59,6 +60,16 @@ class ImageConfig:
     interpolation: str | None = setting(None, choices=("nearest", "bilinear", "bicubic", "lanczos"))
     mean: list[float] | None = None
     std: list[float] | None = None
+
+
+@dataclass(kw_only=True)
+class LavisImageConfig(LavisEnvironment):
+    """A picture processor of LAVIS, run by LAVIS."""
+
+    processor: str = setting(help="LAVIS's name, e.g. blip_image_eval, blip2_image_train, clip_image_eval")
+    options: dict[str, Any] = setting(
+        factory=dict, help="settings of that processor; default: image_size, mean and std of the encoder"
+    )
 
 
 @dataclass
