@@ -41,6 +41,8 @@ class VisionEncoder(PartModule):
     """Tokens of a picture; the patch tokens are the last ``grid[0] * grid[1]`` of them."""
     image_settings: Mapping[str, Any]
     """``size``, ``resize``, ``interpolation``, ``mean``, ``std``: how a picture becomes its input."""
+    can_train: bool = True
+    """False if the weights are out of reach, so that the encoder is frozen whatever happens."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, tokens, channels]."""
