@@ -26,7 +26,8 @@ from minivlm.config import load_config
 from minivlm.config.loader import parse_model
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.configs import LavisDatasetConfig
-from minivlm.datasets.feature_cache import FeatureCache, encoder_hash, fill_cache
+from minivlm.datasets.feature_cache import FeatureCache, frozen_parts
+from minivlm.datasets.fill_cache import fill_cache
 from minivlm.datasets.lavis import LavisBuilder
 from minivlm.doctor import main as doctor
 from minivlm.lavis import client, server
@@ -148,7 +149,7 @@ def test_identity_for_the_feature_cache(tmp_path: Path) -> None:
     def identity(**settings: Any) -> str:
         model, _, config = assemble(parse_model(section(**settings), "test"))
         assert config.vision_encoder is not None
-        return encoder_hash(model, config.vision_encoder.config)
+        return str(frozen_parts(model, {"vision_encoder": config.vision_encoder.config}))
 
     one, two = weights(tmp_path, "one.pth", 1.0, 2.0, 3.0), weights(tmp_path, "two.pth", 1.0, 2.0, 4.0)
     found = [
@@ -177,11 +178,12 @@ def test_features_go_through_the_cache(tmp_path: Path) -> None:
     picture = Image.new("RGB", (40, 30), (255, 128, 0))
     sample = Sample("s", [Message("user", f"{IMAGE_MARKER}what color?"), Message("assistant", "red")], [picture])
     direct = processor.encode(sample)
-    cache = FeatureCache.for_model(tmp_path, model, processor, settings=config.vision_encoder.config)
-    assert fill_cache(cache, model, processor, [[sample]]) == 1
+    settings = {"vision_encoder": config.vision_encoder.config}
+    cache = FeatureCache.for_model(tmp_path, model, processor, settings=settings)
+    assert fill_cache(cache, model, processor, [[sample]]).encoded == 1
     client.close_all()
-    again = FeatureCache.for_model(tmp_path, model, processor, settings=config.vision_encoder.config)
-    assert fill_cache(again, model, processor, [[sample]]) == 0
+    again = FeatureCache.for_model(tmp_path, model, processor, settings=settings)
+    assert fill_cache(again, model, processor, [[sample]]).encoded == 0
     processor.feature_cache = again
     cached = processor.encode(sample)
     assert cached.features is not None and not cached.pixels
@@ -506,7 +508,7 @@ def test_an_experiment_with_all_three(
     file = write_yaml(tmp_path / "experiment.yaml", tiny_experiment)
     assert cli.train(["--cfg-path", str(file), "--dry-run"]) == 0
     assert cli.train(["--cfg-path", str(file)]) == 0, capsys.readouterr().err
-    assert "1 pictures, 1 encoded now" in capsys.readouterr().out
+    assert "1 encoded now" in capsys.readouterr().out
     assert (tmp_path / "out" / "model" / "manifest.json").is_file()
 
 
