@@ -1,4 +1,4 @@
-"""The command line: ``minivlm train | eval | chat | demo | check-data | list | doctor``.
+"""The command line: ``minivlm train | eval | chat | demo | generate | check-data | list | doctor``.
 
 Arguments are parsed and the experiment file is checked before anything heavy is imported.
 """
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": (evaluate, "evaluate the last stage of an experiment file"),
         "chat": (chat, "talk to a model in the terminal"),
         "demo": (demo, "open the web page of a model"),
+        "generate": (generate, "answers about a folder of pictures or a JSONL file, in batches"),
         "check-data": (check_data, "read the data of an experiment file and report what is wrong"),
         "list": (list_names, "registered names, by kind"),
         "doctor": (doctor, "versions, devices, missing extras"),
@@ -183,9 +184,14 @@ def demo(argv: list[str]) -> int:
 def _talk(flags: list[str], argv: list[str]) -> int:
     from minivlm.serve.demo import main as demo_main
 
-    if argv and not argv[0].startswith("-"):
-        argv = ["--cfg-path", *argv]
     return demo_main([*argv, *flags])
+
+
+def generate(argv: list[str]) -> int:
+    """``minivlm generate FOLDER_OR_YAML --input PICTURES_OR_JSONL --output JSONL``."""
+    from minivlm.serve.generate import main as generate_main
+
+    return guarded(lambda: generate_main(argv))
 
 
 def check_data(argv: list[str]) -> int:

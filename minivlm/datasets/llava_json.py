@@ -202,7 +202,7 @@ def check_record(record: Any, index: int) -> list[str]:
         return [f"record: record {index} is not an object {{...}} but {_kind_of(record)}"]
     known = {*KNOWN_KEYS, "messages"}  # not a key of the format: reported with the right name below
     found = [f"unknown key: '{key}'{suggest(key, KNOWN_KEYS)}" for key in record if key not in known]
-    found += _check_images(record.get("image"))
+    found += check_images(record.get("image"))
     answers = record.get("answers", [])
     if not (isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)):
         found.append("record: `answers` must be a list of strings")
@@ -221,7 +221,7 @@ def check_record(record: Any, index: int) -> list[str]:
     return found
 
 
-def _check_images(image: Any) -> list[str]:
+def check_images(image: Any) -> list[str]:
     if image is None:
         return []
     names = [image] if isinstance(image, str) else image
