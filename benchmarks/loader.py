@@ -31,7 +31,8 @@ def main() -> None:
     stage = load_config(CONFIG).stage("instruct")
     model, processor, _ = assemble(stage.model)
     model.train()
-    data = TrainingSet(build_split(build_datasets(stage.datasets), ["train"]), processor, 0, "raise")
+    sources = build_split(build_datasets(stage.datasets), ["train"])
+    data = TrainingSet([source.sized for source in sources], processor, 0, "raise")
     size = stage.run.batch_size_train
     plan = BatchPlan([len(data)], size, 0)
     print(f"{machine()}; batches of {size} conversations about one picture, pictures encoded in every step")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import random
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +12,16 @@ from typing import Any
 import torch
 
 from minivlm import registry
-from minivlm.checkpoints.native import CheckpointError, find_model_folder, load_weights, read_manifest
+from minivlm.checkpoints.loading import check_files, load_checkpoint, load_parts
+from minivlm.checkpoints.native import CheckpointError, find_model_folder, read_manifest
 from minivlm.config import ConfigError, ModelConfig, load_config
 from minivlm.config.loader import list_model_defaults, parse_model
+from minivlm.config.options import parse_options
 from minivlm.models.base import ModelError
 from minivlm.models.build import build_model
 from minivlm.models.language.hf import DTYPES
-from minivlm.models.vlm import VisionLanguageModel
+from minivlm.models.vlm import PARTS, VisionLanguageModel
+from minivlm.paths import WEIGHT_SUFFIXES, is_weight_file
 from minivlm.processors.configs import ImageConfig, ProcessorConfig
 from minivlm.processors.processor import VLMProcessor
 from minivlm.processors.template import Template
@@ -42,6 +48,11 @@ def load(
     path = Path(source)
     if path.is_dir():
         config = ModelConfig(checkpoint=str(path))
+    elif str(source).endswith(WEIGHT_SUFFIXES):
+        raise CheckpointError(
+            f"{source} does not say which model it belongs to; give a YAML file that names it under "
+            "model.checkpoint, beside arch and model_type"
+        )
     else:
         experiment = load_config(path, options)
         config = (experiment.stage(stage) if stage else experiment.stages[-1]).model
@@ -61,33 +72,47 @@ def cast(model: VisionLanguageModel, dtype: torch.dtype) -> VisionLanguageModel:
 
 
 def load_model_and_preprocess(
-    name: str, model_type: str, is_eval: bool = True, device: str = "cpu"
+    name: str, model_type: str, is_eval: bool = True, device: str = "cpu", options: Sequence[str] = ()
 ) -> tuple[VisionLanguageModel, dict[str, Callable[..., Any]], dict[str, Callable[..., Any]]]:
     """LAVIS's form: the model of packaged defaults, and its picture and text processors by ``train``/``eval``.
 
-    A picture processor takes a PIL image and returns [3, H, W]; a text processor returns the text.
+    ``options`` are laid over the defaults, as ``model.language_model.path=...`` and ``model.checkpoint=x.pth``.
+    A picture processor takes a PIL image and returns [3, H, W]; a text processor returns the text, cleaned where
+    the model's `processor.text` says so. Raises :class:`ConfigError` for an unknown model, and where a file of
+    weights must be named (MiniGPT-4: by options or environment variables).
     """
-    container = registry_model(name, model_type)
-    model, processor, _ = assemble(container)
+    model, processor, _ = assemble(registry_model(name, model_type, options))
     model.to(resolve_device(device)).train(not is_eval)
-    transform = next(iter(processor.transforms.values()))
+    name_of_input = next(iter(processor.transforms))
 
     def vis_processor(image: Any) -> torch.Tensor:
-        return transform(image.convert("RGB"))
+        return processor.load_pixels(image)[name_of_input]
 
-    def text_processor(text: str) -> str:
-        return text
+    def vis_processor_train(image: Any) -> torch.Tensor:
+        return processor.load_pixels(image, seed=str(random.random()))[name_of_input]
 
+    text = processor.config.text
+    text_processor = registry.get("processor", text.name)(text.config) if text else str
     return (
         model,
-        {"train": vis_processor, "eval": vis_processor},
+        {"train": vis_processor_train, "eval": vis_processor},
         {"train": text_processor, "eval": text_processor},
     )
 
 
-def registry_model(name: str, model_type: str) -> ModelConfig:
-    """The packaged defaults of ``arch`` and ``model_type`` as a typed section ``model``."""
-    return parse_model({"arch": name, "model_type": model_type}, f"model {name}/{model_type}")
+def registry_model(name: str, model_type: str, options: Sequence[str] = ()) -> ModelConfig:
+    """The packaged defaults of ``arch`` and ``model_type`` as a typed section ``model``, options laid over it."""
+    given, problems = parse_options(options)
+    problems += [
+        given.problem((key,), "only keys of `model` can be given here") for key in given.values if key != "model"
+    ]
+    if problems:
+        raise ConfigError(problems)
+    section = dict(given.values.get("model", {}))
+    checkpoint = section.pop("checkpoint", None)  # a section with one need not be complete, this one must be
+    config = parse_model(section | {"arch": name, "model_type": model_type}, f"model {name}/{model_type}")
+    config.checkpoint = checkpoint
+    return config
 
 
 class ModelZoo:
@@ -117,13 +142,20 @@ def model_zoo() -> ModelZoo:
 def assemble(config: ModelConfig, *, meta: bool = False) -> tuple[VisionLanguageModel, VLMProcessor, ModelConfig]:
     """Model, processor and the complete ``model`` section; a checkpoint fills what the section leaves open.
 
-    With ``meta`` the model holds no weights (for counting and dry runs).
+    Files under ``weights:`` are loaded before the checkpoint; the main process prints a report of each, which
+    ``model.load_reports`` keeps. With ``meta`` the model holds no weights (for counting and dry runs).
     """
     folder = None
-    if config.checkpoint:
+    if config.checkpoint and not is_weight_file(config.checkpoint):
         folder = find_model_folder(config.checkpoint)
         config = _with_checkpoint(config, folder)
-    assert config.language_model and config.vision_encoder and config.connector and config.template
+    if not all(getattr(config, part) for part in (*PARTS, "template")):
+        raise CheckpointError(
+            f"model.checkpoint: {config.checkpoint} does not say which parts it belongs to; "
+            "give model.arch and model.model_type, or the parts"
+        )
+    assert config.language_model and config.template
+    check_files(config)
     language = config.language_model.config
     tokenizer_path = getattr(language, "tokenizer", None) or getattr(language, "path", None)
     if not tokenizer_path:
@@ -138,8 +170,13 @@ def assemble(config: ModelConfig, *, meta: bool = False) -> tuple[VisionLanguage
             f"the tokenizer has {len(tokenizer)} entries, but the language model embeds only "
             f"{model.language_model.vocab_size}; set language_model.config.vocab_size or use its own tokenizer"
         )
-    if folder is not None and not meta:
-        load_weights(model, folder)
+    if not meta:
+        load_parts(model, config)
+        if config.checkpoint:
+            load_checkpoint(model, config, folder)
+        if os.environ.get("RANK", "0") == "0":
+            for report in model.load_reports:
+                print(report.summary, file=sys.stderr, flush=True)
     return model, build_processor(config, model, tokenizer), config
 
 

@@ -30,11 +30,16 @@ _PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
     "processor": {
         "vlm": ("processors.processor:VLMProcessor", "processors.configs:ProcessorConfig"),
         "image": ("processors.image:ImageTransform", "processors.configs:ImageConfig"),
+        "blip2_image_train": ("processors.image:ImageTransform", "processors.configs:Blip2ImageConfig"),
+        "blip2_image_eval": ("processors.image:ImageTransform", "processors.configs:Blip2ImageConfig"),
+        "blip_caption": ("processors.text:BlipCaption", "processors.configs:BlipCaptionConfig"),
     },
     "dataset": {
-        "llava_json": ("datasets.llava_json:LlavaJsonBuilder", "datasets.configs:LlavaJsonConfig"),
         "easy_vqa": ("datasets.easy_vqa:EasyVQABuilder", "datasets.configs:EasyVQAConfig"),
         "cc_sbu_align": ("datasets.cc_sbu_align:CCSBUAlignBuilder", "datasets.configs:CCSBUAlignConfig"),
+        "webdataset": ("datasets.shards:WebDatasetBuilder", "datasets.configs:WebDatasetConfig"),
+        "laion": ("datasets.shards:WebDatasetBuilder", "datasets.configs:WebDatasetConfig"),
+        "cc_sbu": ("datasets.shards:WebDatasetBuilder", "datasets.configs:WebDatasetConfig"),
     },
     "task": {
         "image_text_pretrain": ("tasks.base:Task", None),
@@ -43,6 +48,8 @@ _PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
     },
     "metric": {
         "exact_match": ("evaluation.exact_match:exact_match", None),
+        "vqa_accuracy": ("evaluation.vqa_accuracy:vqa_accuracy", None),
+        "box_iou": ("datasets.boxes:box_iou", None),
     },
     "runner": {
         "runner_base": ("runners.runner:Runner", None),
@@ -53,6 +60,43 @@ _PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
         "constant_lr": ("runners.schedules:constant_lr", None),
     },
 }
+
+_RECORDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
+    "llava_json": (
+        "datasets.llava_json:LlavaJsonBuilder",
+        "datasets.configs:LlavaJsonConfig",
+        "LLaVA records: JSON or JSONL with pictures in a folder",
+        ("llava_conversation", "llava_detail", "llava_reason", "multitask_conversation"),
+    ),
+    "caption_json": (
+        "datasets.instruction_json:CaptionJsonBuilder",
+        "datasets.configs:CaptionJsonConfig",
+        "captions in JSON or JSONL, asked for in several wordings",
+        ("coco_caption", "textcaps_caption"),
+    ),
+    "vqa_json": (
+        "datasets.instruction_json:VQAJsonBuilder",
+        "datasets.configs:VQAJsonConfig",
+        "questions with accepted answers in JSON or JSONL",
+        ("coco_vqa", "ok_vqa", "aok_vqa", "gqa", "ocrvqa", "vizwiz", "iconvqa", "vsr", "hm"),
+    ),
+    "grounding_json": (
+        "datasets.grounding_json:GroundingJsonBuilder",
+        "datasets.configs:GroundingJsonConfig",
+        "phrases with boxes in JSON or JSONL, asked for in either direction",
+        (
+            *("refcoco", "refcocop", "refcocog", "refvg", "invrefcoco", "invrefcocop", "invrefcocog"),
+            *("flickr_grounded_caption", "flickr_CaptionToPhrase", "flickr_ObjectToPhrase"),
+        ),
+    ),
+    "text_json": (
+        "datasets.instruction_json:TextJsonBuilder",
+        "datasets.configs:TextJsonConfig",
+        "instructions without pictures in JSON or JSONL",
+        ("unnatural_instruction",),
+    ),
+}
+"""Formats of records, each with the names under which MiniGPT-v2 has data of that kind."""
 
 _SUMMARIES = {
     ("vision_encoder", "hf"): "any transformers vision model (CLIP, SigLIP, DINOv2, ...), by folder or id",
@@ -66,13 +110,20 @@ _SUMMARIES = {
     ("language_model", "hf"): "any causal LM of transformers, from a folder or from scratch; LoRA, int8, nf4",
     ("processor", "vlm"): "template + tokenizer + picture transform",
     ("processor", "image"): "resize, crop or pad, normalise (PIL and numpy, bit-equal to the originals)",
-    ("dataset", "llava_json"): "LLaVA records: JSON or JSONL with pictures in a folder",
+    ("processor", "blip2_image_train"): "BLIP-2's pictures: squashed to a square, bicubic, CLIP's mean and deviation",
+    ("processor", "blip2_image_eval"): "the same",
+    ("processor", "blip_caption"): "captions in lower case without most marks, at most 50 words",
     ("dataset", "easy_vqa"): "easy-VQA from PyPI: 5,000 pictures, 48,248 questions, official test split",
     ("dataset", "cc_sbu_align"): "MiniGPT-4's second stage: about 3,500 pictures with long captions",
+    ("dataset", "webdataset"): "pictures with captions in tar shards, local or remote",
+    ("dataset", "laion"): "MiniGPT-4's first stage: LAION pictures with BLIP captions, in tar shards",
+    ("dataset", "cc_sbu"): "MiniGPT-4's first stage: CC and SBU pictures with BLIP captions, in tar shards",
     ("task", "image_text_pretrain"): "train on captions or conversations; evaluate the loss",
     ("task", "instruction_tuning"): "the same, under the name that users of LLaVA look for",
     ("task", "vqa"): "answer questions; accuracy per question type beside two baselines",
     ("metric", "exact_match"): "share of answers equal to the reference",
+    ("metric", "vqa_accuracy"): "VQA v2's: an answer counts whole when three of ten people gave it",
+    ("metric", "box_iou"): "share of boxes that overlap the right one by half (IoU >= 0.5)",
     ("runner", "runner_base"): "the training loop: CPU, GPU, MPS, torchrun",
     ("lr_scheduler", "linear_warmup_cosine_lr"): "warm-up, then cosine down to min_lr",
     ("lr_scheduler", "linear_warmup_step_lr"): "warm-up, then times lr_decay_rate every epoch",
@@ -86,5 +137,9 @@ def register_all() -> None:
         for name, (target, config) in entries.items():
             extra = {"config": f"minivlm.{config}"} if config else {}
             register(kind, name, f"minivlm.{target}", summary=_SUMMARIES[kind, name], **extra)
+    for format_name, (target, settings, summary, names) in _RECORDS.items():
+        for name in (format_name, *names):
+            said = summary if name == format_name else f"{format_name} as MiniGPT-v2 names it"
+            register("dataset", name, f"minivlm.{target}", config=f"minivlm.{settings}", summary=said)
     for path in sorted((CONFIGS / "templates").glob("*.yaml")):
         register("template", path.stem, path, config="minivlm.processors.configs:TemplateConfig")

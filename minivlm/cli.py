@@ -1,4 +1,4 @@
-"""The command line: ``minivlm train | eval | chat | demo | generate | check-data | list | doctor``.
+"""The command line: ``minivlm train | eval | chat | demo | generate | check-data | inspect | convert | ...``.
 
 Arguments are parsed and the experiment file is checked before anything heavy is imported.
 """
@@ -33,13 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo": (demo, "open the web page of a model"),
         "generate": (generate, "answers about a folder of pictures or a JSONL file, in batches"),
         "check-data": (check_data, "read the data of an experiment file and report what is wrong"),
+        "prepare-captions": (prepare_captions, "make img2dataset's download list from lists of {url, caption}"),
+        "inspect": (inspect, "say what a file of weights or a folder holds, and what it is good for"),
+        "convert": (convert, "write MiniGPT-4's .pth files as model folders, and back"),
         "list": (list_names, "registered names, by kind"),
         "doctor": (doctor, "versions, devices, missing extras"),
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"minivlm {__version__}\n\nusage: minivlm COMMAND ...\n")
         for name, (_, summary) in commands.items():
-            print(f"  {name:<12} {summary}")
+            print(f"  {name:<16} {summary}")
         return 0
     if arguments[0] == "--version":
         print(__version__)
@@ -92,8 +95,10 @@ def evaluate(argv: list[str]) -> int:
     def work() -> int:
         experiment = _load(arguments)
         stage = experiment.stages[-1]
+        given = any(option.startswith("model.checkpoint") for option in arguments.options or ())
+        given |= stage.run.evaluate and stage.model.checkpoint is not None  # the file itself trains nothing
         stage.run.evaluate = True
-        if not any(option.startswith("model.checkpoint") for option in arguments.options or ()):
+        if not given:
             stage.model.checkpoint = stage.run.output_dir  # what it has trained, not what it started from
         experiment.stages = [stage]
         return _run(experiment, argv)
@@ -208,6 +213,50 @@ def check_data(argv: list[str]) -> int:
         return 0 if check_experiment(_load(arguments), Console(), arguments.limit) else 1
 
     return guarded(work)
+
+
+def prepare_captions(argv: list[str]) -> int:
+    """``minivlm prepare-captions``: lists of pictures with captions as a TSV to download from."""
+    from pathlib import Path
+
+    parser = argparse.ArgumentParser(
+        prog="minivlm prepare-captions", description="Make img2dataset's download list from lists of {url, caption}."
+    )
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT.json", help="JSON array or JSON lines")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="LIST.tsv", help="url<TAB>caption, with a heading"
+    )
+    arguments = parser.parse_args(argv)
+
+    def work() -> int:
+        from minivlm.datasets.caption_list import prepare_captions as prepare
+
+        print(f"{arguments.output}: {prepare(arguments.inputs, arguments.output)}")
+        return 0
+
+    return guarded(work)
+
+
+def inspect(argv: list[str]) -> int:
+    """``minivlm inspect FILE_OR_FOLDER``: what it holds and which key takes it; nothing in it is executed."""
+    parser = argparse.ArgumentParser(prog="minivlm inspect", description="Say what a file or folder holds.")
+    parser.add_argument("path", help=".pth, .safetensors, a folder of Hugging Face, a folder that minivlm wrote")
+    path = parser.parse_args(argv).path
+
+    def work() -> int:
+        from minivlm.checkpoints.inspection import inspect_path, render
+
+        print(render(path, inspect_path(path)))
+        return 0
+
+    return guarded(work)
+
+
+def convert(argv: list[str]) -> int:
+    """``minivlm convert SOURCE TARGET``."""
+    from minivlm.convert import main as convert_main
+
+    return guarded(lambda: convert_main(argv))
 
 
 def list_names(argv: list[str]) -> int:

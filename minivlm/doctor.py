@@ -42,6 +42,8 @@ CORE = (
     Package("sentencepiece", "0.2.3", "sentencepiece"),
     Package("torchdata", "0.11.0", "torchdata.stateful_dataloader"),
     Package("webdataset", "1.0.2", "webdataset"),
+    Package("braceexpand", "0.1.7", "braceexpand"),
+    Package("fsspec", "2026.9.0", "fsspec"),
     Package("iopath", "0.1.10", "iopath.common.file_io"),
     Package("omegaconf", "2.4.0", "omegaconf"),
     Package("pyyaml", "6.0.3", "yaml"),

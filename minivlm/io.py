@@ -43,20 +43,27 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def write_atomic(target: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part."""
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Write the yielded file; it becomes ``target`` only when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.parent / f"{TEMPORARY}{target.name}-{os.getpid()}"
     try:
-        if isinstance(content, bytes):
-            unfinished.write_bytes(content)
-        else:
-            unfinished.write_text(content, encoding="utf-8")
+        yield unfinished
         sync(unfinished)
         unfinished.replace(target)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def write_atomic(target: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part."""
+    with atomic_file(target) as unfinished:
+        if isinstance(content, bytes):
+            unfinished.write_bytes(content)
+        else:
+            unfinished.write_text(content, encoding="utf-8")
 
 
 def write_json(target: Path, value: Any) -> None:

@@ -60,7 +60,11 @@ class ModelPart(Part):
         False, help="true: no parameter trains; a list: parameters whose name matches a glob do not train"
     )
     init_lr: float | None = setting(None, gt=0, help="peak learning rate of this part; default run.init_lr")
-    weights: str | None = setting(None, help="a .safetensors or .pth file with weights for this part")
+    weights: str | None = setting(
+        None,
+        help="a .safetensors or .pth file (path or URL) with weights for this part, by its own names or a published "
+        "base such as eva_vit_g.pth or blip2_pretrained_flant5xxl.pth; `minivlm inspect FILE` says what a file is",
+    )
 
 
 PART_CLASSES: dict[str, type[Part]] = {

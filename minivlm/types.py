@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import torch
@@ -45,13 +45,13 @@ class Message:
 class Sample:
     """One record of a dataset, pictures not yet opened.
 
-    ``images`` holds paths or PIL images in the order of their markers. ``meta`` is for evaluation:
-    ``answers`` (list of accepted strings), ``question``, ``question_type``, ...
+    ``images`` holds paths, PIL images or files in memory in the order of their markers. ``meta`` is for evaluation:
+    ``answers`` (list of accepted strings), ``question``, ``question_type``, ``metric`` (its registered name), ...
     """
 
     id: str
     messages: list[Message]
-    images: list[Path | str | Image] = field(default_factory=list)
+    images: list[Path | str | Image | BinaryIO] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
 
 

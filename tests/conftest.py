@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +73,39 @@ def tiny_experiment(tmp_path: Path, llava_data: Path) -> dict[str, Any]:
             "device": "cpu",
         },
     }
+
+
+RECORDS: dict[str, Any] = {
+    "caption": {"image": "1.png", "caption": "a boat"},
+    "vqa": {"image": "1.png", "question": "what is this?", "answers": ["a boat", "boat", "a boat"]},
+    "phrase": {"image": "1.png", "phrase": "a boat", "boxes": [10, 10, 30, 20]},
+    "objects": {"image": "1.png", "caption": "a boat", "objects": [{"phrase": "a boat", "boxes": [10, 10, 30, 20]}]},
+    "conversation": {
+        "image": "1.png",
+        "conversations": [{"from": "human", "value": "<image> what is this?"}, {"from": "gpt", "value": "a boat"}],
+    },
+    "text": {"instruction": "say something", "output": "something"},
+}
+
+
+@pytest.fixture(scope="session")
+def minigpt4_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data of MiniGPT-4 and v2 in small: filter_cap.json with image/, the shard 00000.tar, a file of each kind."""
+    folder = tmp_path_factory.mktemp("minigpt4_data")
+    (folder / "image").mkdir()
+    captions = []
+    with tarfile.open(folder / "00000.tar", "w") as shard:
+        for number in range(4):
+            picture = Image.new("RGB", (40, 40), (60 * number, 0, 0))
+            picture.save(folder / f"{number}.png")
+            picture.save(folder / "image" / f"{number}.jpg")
+            captions.append({"image_id": str(number), "caption": "A boat. It is red."})
+            shard.add(folder / "image" / f"{number}.jpg", f"{number:05}.jpg")
+            content = json.dumps({"caption": "A boat!"}).encode()
+            member = tarfile.TarInfo(f"{number:05}.json")
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    (folder / "filter_cap.json").write_text(json.dumps({"annotations": captions}))
+    for kind, record in RECORDS.items():
+        (folder / f"{kind}.json").write_text(json.dumps([record] * 4))
+    return folder

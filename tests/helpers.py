@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parent.parent
+GOLDEN = Path(os.environ.get("MINIVLM_GOLDEN", ROOT / "tests" / "golden")) / "minigpt4"
+"""Inputs, original-format files and outputs of the original MiniGPT-4 at tiny sizes; see its README."""
 
 
 def tiny_model() -> dict[str, Any]:
@@ -71,3 +73,87 @@ def losses(folder: Path) -> list[float]:
     """The losses of a run's log, step by step."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [r["loss"] for r in records if "lr" in r]
+
+
+def golden_section(arch: str, model_type: str) -> dict[str, Any]:
+    """Section ``model`` of a packaged MiniGPT-4 at the sizes of the golden set, without weights but Llama's."""
+    sizes = json.loads((GOLDEN / "config.json").read_text())
+    vit, qformer = sizes["vit"], sizes["qformer"]
+    with_qformer = "vicuna" in model_type
+    return {
+        "arch": arch,
+        "model_type": model_type,
+        "vision_encoder": {
+            "image_size": vit["image_size"],
+            "patch_size": vit["patch_size"],
+            "width": vit["embed_dim"],
+            "depth": vit["depth"],
+            "num_heads": vit["num_heads"],
+            "mlp_ratio": vit["mlp_ratio"],
+            "dtype": "fp32",
+            "weights": None,
+        },
+        "connector": {
+            "weights": None,
+            **(
+                {
+                    "num_query_tokens": qformer["num_query_token"],
+                    "hidden_size": qformer["hidden_size"],
+                    "num_layers": qformer["num_hidden_layers"],
+                    "num_heads": qformer["num_attention_heads"],
+                    "intermediate_size": qformer["intermediate_size"],
+                    "cross_attention_every": qformer["cross_attention_freq"],
+                }
+                if with_qformer
+                else {}
+            ),
+        },
+        "language_model": {"path": str(GOLDEN / "llama"), "dtype": "fp32"},
+    }
+
+
+def golden_options(arch: str, model_type: str) -> list[str]:
+    """The same as options over a file; the size of the pictures is then that of the encoder."""
+    section = golden_section(arch, model_type)
+    return [
+        f"model.{part}.{key}={'null' if value is None else value}"
+        for part, settings in section.items()
+        if isinstance(settings, dict)
+        for key, value in settings.items()
+    ] + ["model.processor.image.size=null"]
+
+
+RECORD_KINDS = {
+    "caption": ("coco_caption", "textcaps_caption"),
+    "vqa": ("aok_vqa", "coco_vqa", "gqa", "ocrvqa", "ok_vqa"),
+    "phrase": (
+        *("invrefcoco", "invrefcocog", "invrefcocop", "refcoco", "refcocog", "refcocop", "refvg"),
+        "flickr_ObjectToPhrase",
+    ),
+    "objects": ("flickr_CaptionToPhrase", "flickr_grounded_caption"),
+    "conversation": ("llava_conversation", "llava_detail", "llava_reason", "multitask_conversation"),
+    "text": ("unnatural_instruction",),
+}
+"""The fine-tuning data of MiniGPT-v2 by the format of their records; fixture ``minigpt4_data`` has a file of each."""
+
+
+def minigpt4_options(file: Path, data: Path) -> list[str]:
+    """What a shipped file of MiniGPT-4 leaves to its user, at the sizes of the golden set; others need nothing."""
+    if not file.name.startswith("minigpt"):
+        return []
+    llama2, second = "llama2" in file.name, "minigptv2" in file.name
+    arch = "minigpt_v2" if second else "minigpt4"
+    model_type = "pretrain" if second else "pretrain_llama2" if llama2 else "pretrain_vicuna0"
+    options = [*golden_options(arch, model_type), "model.checkpoint=null"]
+    if file.parent.name == "eval_configs":
+        return [*options, "model.language_model.quantization=null"]
+    if second:
+        for kind, names in RECORD_KINDS.items():
+            for name in names:
+                options += [f"datasets.{name}.annotations={data}/{kind}.json", f"datasets.{name}.images={data}"]
+                options += [f"datasets.{name}.batch_size=2"]
+        return [*options, "run.batch_size_train=2"]
+    if "stage1" in file.name:
+        return [*options, *(f"datasets.{name}.storage={data}/00000.tar" for name in ("laion", "cc_sbu"))]
+    options += [f"datasets.cc_sbu_align.storage={data}", "datasets.cc_sbu_align.batch_size=2"]
+    return [*options, "run.batch_size_train=2"]

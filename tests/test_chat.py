@@ -170,6 +170,35 @@ def test_long_conversation_says_so(chat: Chat) -> None:
     assert chat.messages[-1].role == "assistant"
 
 
+def test_long_conversation_can_lose_its_beginning(
+    parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = count_calls(monkeypatch, parts[0].language_model, "generate")
+    chat = Chat(*parts, max_new_tokens=6, max_length=30, on_overflow="cut_left")
+    for _ in range(3):
+        chat.ask("what is it?", [] if chat.num_images else [RED])
+    assert [call[0].shape[1] for call in seen][-1] == 24
+    assert "visual tokens" in caplog.text
+    with pytest.raises(SampleError, match="max_new_tokens leaves no room"):
+        chat.ask("and now?", max_new_tokens=30)
+
+
+def test_only_options_with_an_effect_reach_the_model(parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise transformers warns of every one that it does not use."""
+    given: list[dict[str, Any]] = []
+    plain = parts[0].language_model.generate
+    monkeypatch.setattr(
+        parts[0].language_model, "generate", lambda *a, **options: given.append(options) or plain(*a, **options)
+    )
+    chat = Chat(*parts, max_new_tokens=4)
+    chat.ask("what is it?")
+    chat.ask("what is it?", repetition_penalty=1.05, length_penalty=2.0, num_beams=2, temperature=0.5, min_new_tokens=2)
+    chat.ask("what is it?", length_penalty=2.0)
+    names = {"repetition_penalty", "length_penalty", "min_new_tokens", "temperature", "top_p", "keep_last"}
+    assert [names & set(options) for options in given] == [set(), names - {"keep_last"}, set()]
+    assert [options["do_sample"] for options in given] == [False, True, False]
+
+
 def test_empty_answer_is_not_kept(chat: Chat, says: Callable[..., None]) -> None:
     says("###", "red###")
     assert list(chat.stream("what color?", [RED])) == [""]

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from helpers import ROOT, tiny_model
+from helpers import ROOT, minigpt4_options, tiny_model
 from PIL import Image
 
 from minivlm import builtins, cli, registry
 from minivlm.api import assemble
-from minivlm.config import load_config, to_container
+from minivlm.config import ConfigError, load_config, to_container
+from minivlm.config.defaults import read_model
 from minivlm.config.loader import list_model_defaults, parse_model
 from minivlm.models.base import Connector, LanguageModel, VisionEncoder
 from minivlm.processors.template import Template
@@ -202,23 +202,36 @@ def test_there_are_files_of_both_uses() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
-def test_every_shipped_file_passes_the_schema(file: Path) -> None:
-    experiment = load_config(file)
+def test_every_shipped_file_passes_the_schema(file: Path, minigpt4_data: Path) -> None:
+    experiment = load_config(file, minigpt4_options(file, minigpt4_data))
     assert experiment.stages and not experiment.notes, "no key of an old system"
     assert file.read_text().startswith("#"), "a file says in its first line what it is for"
     for stage in experiment.stages:
         assert stage.model.checkpoint or stage.model.vision_encoder
 
 
+@pytest.mark.parametrize("file", [f for f in FILES if f.name.startswith("minigpt")], ids=lambda file: file.name)
+def test_what_a_shipped_file_leaves_to_its_user_is_asked_for(file: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert "model.language_model.path" in {problem.key for problem in caught.value.problems}
+    assert all("must be given" in problem.message for problem in caught.value.problems)
+
+
 @pytest.mark.parametrize(
     "file", [f for f in FILES if f.parent.name == "train_configs"], ids=lambda file: str(file.name)
 )
 def test_every_training_file_passes_a_dry_run(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    minigpt4_data: Path,
 ) -> None:
     """Nothing is written, and the data can be read."""
     monkeypatch.chdir(tmp_path)
-    code = cli.train(["--cfg-path", str(file), "--dry-run", "--options", "run.max_steps=2", "run.device=cpu"])
+    options = ["run.max_steps=2", "run.device=cpu", *minigpt4_options(file, minigpt4_data)]
+    code = cli.train(["--cfg-path", str(file), "--dry-run", "--options", *options])
     shown = capsys.readouterr().out
     assert code == 0, shown
     assert "what trains" in shown and "supervised" in shown and "memory, estimated" in shown
@@ -229,14 +242,15 @@ def test_every_training_file_passes_a_dry_run(
 def test_every_packaged_model_is_complete(arch: str, model_type: str, tmp_path: Path) -> None:
     """Built on the meta device; a folder that users must name is that of a tiny model."""
     section: dict[str, Any] = {"arch": arch, "model_type": model_type}
-    defaults = yaml.safe_load((builtins.CONFIGS / "models" / f"{arch}_{model_type}.yaml").read_text())["model"]
+    defaults = read_model(builtins.CONFIGS / "models" / f"{arch}_{model_type}.yaml").values["model"]
     for kind, settings in (("vision_encoder", TINY_VIT), ("language_model", TINY_LLM)):
+        section[kind] = {"weights": None}
         if defaults[kind]["name"] == "hf" and not defaults[kind].get("config"):
             (tmp_path / kind).mkdir()
             config = {"vocab_size": 400, **settings}
             (tmp_path / kind / "config.json").write_text(json.dumps(config))
-            section[kind] = {"path": str(tmp_path / kind)}
-    if "language_model" in section:
+            section[kind]["path"] = str(tmp_path / kind)
+    if "path" in section["language_model"]:
         section["language_model"]["tokenizer"] = "asset:quickstart"
     model, processor, _ = assemble(parse_model(section, "test"), meta=True)
     assert processor.tokens_per_image == model.connector.tokens_per_image > 0

@@ -16,12 +16,12 @@ PACKAGE = ROOT / "minivlm"
 HEAVY = ("torch", "torchvision", "transformers", "timm", "tokenizers", "peft", "numpy", "PIL", "gradio", "matplotlib")
 
 LAYERS = (
-    {"registry", "schema", "types", "io", "version", "torchvision_guard", "builtins"},
+    {"registry", "schema", "types", "io", "paths", "version", "torchvision_guard", "builtins"},
     {"config", "processors", "models", "evaluation"},
     {"datasets", "checkpoints", "api"},
     {"tasks", "serve"},
     {"runners"},
-    {"cli", "doctor"},
+    {"cli", "convert", "doctor"},
 )
 """Ground floor first; a module imports from its own layer and from those before it."""
 FLOOR = LAYERS[0]

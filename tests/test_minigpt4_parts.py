@@ -12,7 +12,8 @@ from helpers import tiny_model
 from PIL import Image
 
 from minivlm.api import assemble
-from minivlm.checkpoints.native import CheckpointError, Manifest, find_model_folder, save_model, trained_names
+from minivlm.checkpoints.native import Manifest, save_model, trained_names
+from minivlm.config import ConfigError
 from minivlm.config.loader import parse_model
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.cc_sbu_align import CCSBUAlignBuilder
@@ -314,17 +315,12 @@ def test_a_model_with_lora_comes_back_from_its_folder(tmp_path: Path) -> None:
 
 
 def test_a_model_without_path_says_what_to_give() -> None:
+    with pytest.raises(ConfigError, match=r"model\.language_model\.path: a value must be given .* MINIVLM_VICUNA"):
+        parse_model({"arch": "minigpt4", "model_type": "pretrain_vicuna0"}, "test")
+    section = tiny_model()
+    section["language_model"] = {"name": "hf"}
     with pytest.raises(ModelError, match=r"model\.language_model\.path: give the folder or hub id"):
-        assemble(parse_model({"arch": "minigpt4", "model_type": "pretrain_vicuna0"}, "test"), meta=True)
-
-
-def test_a_checkpoint_of_another_project_is_refused_with_a_reason(tmp_path: Path) -> None:
-    file = tmp_path / "pretrained_minigpt4_7b.pth"
-    with pytest.raises(CheckpointError, match="there is no file"):
-        find_model_folder(file)
-    torch.save({"model": {}}, file)
-    with pytest.raises(CheckpointError, match=r"7b\.pth is a file: this version reads no \.pth files"):
-        find_model_folder(file)
+        assemble(parse_model(section, "test"), meta=True)
 
 
 # --- data ---------------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from minivlm.api import assemble
+from minivlm.checkpoints.loading import load_part
 from minivlm.config.loader import parse_model
 from minivlm.models.base import Connector, LanguageModel, ModelError, VisionEncoder
-from minivlm.models.build import build_model, load_weights
+from minivlm.models.build import build_model
 from minivlm.models.configs import HFLanguageModelConfig
 from minivlm.models.language.hf import HFLanguageModel
 from minivlm.models.tuning import apply_freeze, parameter_groups, part_table
@@ -426,22 +427,24 @@ def test_weights_of_a_part_from_a_file(suffix: str, tmp_path: Any) -> None:
         (wide, r"wrong shape +1  \(layers\.0\.bias is \(7,\), wanted \(32,\)\)"),
     ):
         before = {name: tensor.clone() for name, tensor in model.connector.state_dict().items()}
-        with pytest.raises(ModelError, match=rf"connector\.weights: .* does not belong to this part\n(.|\n)*{reason}"):
-            load_weights("connector", model.connector, save(content, "bad"))
+        with pytest.raises(
+            ModelError, match=rf"connector\.weights: .* does not belong to this part; it holds (.|\n)*{reason}"
+        ):
+            load_part(model, "connector", save(content, "bad"))
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.connector.state_dict().items())
     with pytest.raises(ModelError, match="there is no file"):
-        load_weights("connector", model.connector, f"nowhere{suffix}")
+        load_part(model, "connector", f"nowhere{suffix}")
     damaged = tmp_path / f"damaged{suffix}"
     damaged.write_bytes(b"no tensors here")
     with pytest.raises(ModelError, match="cannot be read"):
-        load_weights("connector", model.connector, str(damaged))
+        load_part(model, "connector", str(damaged))
 
 
 def test_a_file_that_holds_something_else_is_refused(tmp_path: Any) -> None:
     model, _, _ = build()
-    torch.save({"model": model.connector.state_dict()}, tmp_path / "nested.pth")
-    with pytest.raises(ModelError, match="holds no plain mapping from names to tensors"):
-        load_weights("connector", model.connector, str(tmp_path / "nested.pth"))
+    torch.save({"layers": 3, "notes": [1, 2]}, tmp_path / "other.pth")
+    with pytest.raises(ModelError, match="holds no mapping from names to tensors, but the keys layers, notes"):
+        load_part(model, "connector", str(tmp_path / "other.pth"))
 
 
 # --- language models ------------------------------------------------------------------------------------------------

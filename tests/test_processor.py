@@ -55,6 +55,21 @@ def text_of(p: VLMProcessor, ids: list[int]) -> str:
 SIZES = [(56, 56), (55, 55), (71, 71), (83, 83), (56, 80), (200, 57), (13, 300), (300, 10), (57, 56), (30, 31)]
 
 
+@pytest.fixture
+def pillow13(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's resize with the order of passes that it has since version 13, also under an older one."""
+    plain = Image.Image.resize
+
+    def ordered(self: Image.Image, size: Any, resample: Any = None, **rest: Any) -> Image.Image:
+        width, height = self.width - size[0], self.height - size[1]
+        columns_first = height > 0 and height > 2 * width
+        first = plain(self, (self.width, size[1]), resample, **rest) if columns_first else self
+        return plain(first, size, resample, **rest)
+
+    monkeypatch.setattr(Image.Image, "resize", ordered)
+
+
+@pytest.mark.usefixtures("pillow13")
 @pytest.mark.parametrize("size", SIZES)
 def test_equal_to_transformers_bit_by_bit(size: tuple[int, int]) -> None:
     """55, 71 and 83 are sides at which a scale in floating point would lose a row of the picture."""
@@ -387,7 +402,7 @@ def test_prompts_of_captions_are_drawn_by_seed_and_sample() -> None:
     assert [drawn(seed, "s") for seed in range(9)] != [drawn(seed, "t") for seed in range(9)]
     two = sample("two", images=[RED, BLUE], first="assistant")
     p.config.prompts = ["describe both"]
-    assert text_of(p, p.encode(two).input_ids).startswith("q:@@@@@@\ndescribe both")
+    assert text_of(p, p.encode(two).input_ids).startswith("q:@@@\n@@@\ndescribe both")
     text_only = sample("no picture", first="assistant")
     with pytest.raises(SampleError, match="'user' is due"):
         p.encode(text_only)

@@ -230,6 +230,7 @@ KNOWN = {
     "minigpt4_vicuna0": "###Human: <Img>@</Img>\nWhat? ###Assistant: |[Red.###]|"
     "###Human: Why? ###Assistant: |[So.###]|",
 }
+KNOWN["minigpt4_vicuna0_v1"] = KNOWN["minigpt4_vicuna0"]
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
@@ -238,13 +239,20 @@ def test_published_forms(name: str) -> None:
     assert shown.replace("][", "") == KNOWN[name].replace("][", "")
 
 
-def test_minigpt4_talks_in_another_form() -> None:
-    shown = show(template("minigpt4_vicuna0").render(talk("<image> What?", "Red.", "Why?", None), chat=True))
-    assert shown == (
+@pytest.mark.parametrize(("name", "end"), [("minigpt4_vicuna0", "Assistant: "), ("minigpt4_vicuna0_v1", "Assistant:")])
+def test_minigpt4_talks_in_another_form(name: str, end: str) -> None:
+    shown = show(template(name).render(talk("<image> What?", "Red.", "Why?", None), chat=True))
+    assert shown.replace("[", "").replace("]", "") == (
         "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to "
-        "you. Please answer my questions.###Human: <Img>@</Img> What?###Assistant: |[Red.]|"
-        "###Human: Why?###Assistant: |"
+        "you. Please answer my questions.###Human: <Img>@</Img> What?###Assistant: Red."
+        f"###Human: Why?###{end}"
     )
+
+
+def test_pictures_without_a_place_stand_in_front() -> None:
+    assert template("minigpt4_vicuna0").with_images("What?", 2) == "<image> <image> What?"
+    assert template("llava_v1").with_images("What?", 1) == "<image>\nWhat?"
+    assert template("llava_v1").with_images("Look: <image>", 1) == "Look: <image>"
 
 
 # --- tokenizers -----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def train(content: dict[str, Any], tmp_path: Path, *options: str) -> Path:
 def test_two_processes_equal_one_with_twice_the_batch(tiny_experiment: dict[str, Any], tmp_path: Path) -> None:
     tiny_experiment["run"] |= {"max_epoch": 3, "max_steps": 8}
     config = write_yaml(tmp_path / "x.yaml", tiny_experiment)
-    one = run_train(config, "run.batch_size_train=8", f"run.output_dir={tmp_path}/one")
+    one = run_train(config, "run.batch_size_train=8", "run.num_workers=1", f"run.output_dir={tmp_path}/one")
     two = run_train(config, "run.batch_size_train=4", f"run.output_dir={tmp_path}/two", processes=2)
     assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr

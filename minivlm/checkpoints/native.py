@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from minivlm import registry
+from minivlm.checkpoints.report import CheckpointError, LoadReport
 from minivlm.config.experiment import ModelConfig, to_container
 from minivlm.io import atomic_folder, write_json
-from minivlm.models.build import LoadReport
 from minivlm.models.vlm import PARTS, VisionLanguageModel
+from minivlm.paths import is_placeholder
 from minivlm.processors.image import ImageTransform
 from minivlm.processors.processor import VLMProcessor
 from minivlm.version import __version__
@@ -24,10 +25,6 @@ from minivlm.version import __version__
 FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
-
-
-class CheckpointError(ValueError):
-    """A folder that is no checkpoint, is damaged, or belongs to another model."""
 
 
 @dataclass
@@ -75,10 +72,11 @@ def write_model(
     buffers = {name for name, _ in model.named_buffers()}
     wanted = {}
     for part in PARTS:
-        source = getattr(model, part).source if hasattr(getattr(model, part), "source") else None
+        source = getattr(model, part).source
         keys = [key for key in state if key.startswith(f"{part}.")]
         trains = any(key in trained for key in keys)
-        kept = [k for k in keys if source is None or k in trained or (k in buffers and trains)]
+        beyond = {f"{part}.{name}" for name in getattr(model, part).unsourced}
+        kept = [k for k in keys if source is None or k in trained or k in beyond or (k in buffers and trains)]
         wanted.update({key: state[key] for key in kept})
         manifest.sources[part] = source
         if len(kept) == len(keys) and part not in manifest.complete:
@@ -87,8 +85,15 @@ def write_model(
     container = to_container(config)
     container["checkpoint"] = None
     container["processor"]["image"] |= _image_node(processor)
+    needed = {
+        p
+        for part, source in manifest.sources.items()
+        if source and part not in manifest.complete
+        for p in (source.get("path"), source.get("also"))
+    }
     for part in PARTS:
-        container[part]["weights"] = None
+        if container[part]["weights"] not in needed:
+            container[part]["weights"] = None
     for part in ("vision_encoder", "language_model"):
         _describe_inside(container[part], getattr(model, part), part in manifest.complete)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(container)), encoding="utf-8")
@@ -134,18 +139,22 @@ def find_model_folder(path: str | Path) -> Path:
     Raises :class:`CheckpointError` with what was looked for.
     """
     root = Path(path)
+    if is_placeholder(str(path)):
+        raise CheckpointError(f"model.checkpoint: '{path}' is a placeholder; put the real path in its place")
     if root.is_file():
-        raise CheckpointError(
-            f"{root} is a file: this version reads no .pth files of MiniGPT-4, BLIP-2 or other projects; "
-            "model.checkpoint takes a folder that minivlm wrote"
-        )
+        raise CheckpointError(f"{root} is a file; a folder that minivlm wrote is wanted here")
     if not root.exists():
-        raise CheckpointError(f"there is no {'file' if root.suffix in ('.pth', '.pt') else 'folder'} {root}")
+        raise CheckpointError(f"there is no folder {root}")
     newest = sorted(root.glob("*/model"), key=lambda p: p.stat().st_mtime, reverse=True)
     checkpoints = sorted(root.glob("checkpoints/step_*/model"), reverse=True)
     for candidate in (root, root / "model", *newest, *checkpoints):
         if is_model_folder(candidate):
             return candidate
+    if (root / "config.json").is_file():
+        raise CheckpointError(
+            f"{root} is a folder of Hugging Face, not one that minivlm wrote; "
+            "give it as model.language_model.path or model.vision_encoder.path"
+        )
     raise CheckpointError(
         f"{root} holds no minivlm model ({MANIFEST} and config.yaml), nor does {root / 'model'}; "
         "a run that was interrupted before its first checkpoint has none"
@@ -181,15 +190,17 @@ def load_weights(model: VisionLanguageModel, folder: Path) -> LoadReport:
     own = model.state_dict()
     ties = {own[key].data_ptr() for key in state if key in own}
     from_base = {
-        key
-        for key in own
-        for part in [key.split(".")[0]]
-        if part not in manifest.complete and getattr(getattr(model, part), "source", None)
+        f"{part}.{name}"
+        for part in PARTS
+        for module in [getattr(model, part)]
+        if part not in manifest.complete and module.source
+        for name in module.state_dict()
+        if name not in module.unsourced
     }
     wanted = {k: t for k, t in own.items() if k in state or (t.data_ptr() not in ties and k not in from_base)}
-    report = LoadReport.compare(wanted, state)
+    report = LoadReport.compare(wanted, state, model.fits)
     _check_sources(model, manifest, folder)
-    if not report.complete or report.unexpected:
+    if not report.fits:
         raise CheckpointError(f"{folder} is a checkpoint of another model:\n{report}")
     model.load_state_dict(state, strict=False)
     return report
@@ -197,11 +208,20 @@ def load_weights(model: VisionLanguageModel, folder: Path) -> LoadReport:
 
 def _check_sources(model: VisionLanguageModel, manifest: Manifest, folder: Path) -> None:
     for part, source in manifest.sources.items():
-        own = getattr(getattr(model, part), "source", None)
-        if part in manifest.complete or not source or not own:
+        if part in manifest.complete or not source:
             continue
+        own = getattr(model, part).source
+        if own is None:
+            raise CheckpointError(
+                f"{folder} holds only what was trained of {part}, and this model has no base for it: name the base "
+                f"under model.{part} (path, weights or pretrained); it was {_files(source)}"
+            )
         if source.get("sha256") and own.get("sha256") and source["sha256"] != own["sha256"]:
             raise CheckpointError(
-                f"{folder} was trained on other weights of {part} than those in {own.get('path')}: "
+                f"{folder} was trained on other weights of {part} than those in {_files(own)}: "
                 f"hash {source['sha256'][:12]} against {own['sha256'][:12]}"
             )
+
+
+def _files(source: dict[str, str]) -> str:
+    return " and ".join(source[key] for key in ("path", "also") if key in source) or ", ".join(source.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from minivlm import builtins
@@ -10,10 +11,15 @@ from minivlm.config.experiment import StageConfig
 from minivlm.config.interpolation import peek
 from minivlm.config.layers import overlay
 from minivlm.config.source import KeyPath, Tree, read_yaml
+from minivlm.paths import is_weight_file
 from minivlm.registry import suggest
 
 FOLDER = builtins.CONFIGS
-"""Holds ``models/<arch>_<model_type>.yaml`` and ``datasets/<name>/<type>.yaml``."""
+"""Holds ``models/<arch>_<model_type>.yaml`` and ``datasets/<name>/<type>.yaml``.
+
+Beside ``model`` a file of the first kind may have a section ``run`` (how this family is trained) and name
+another file under ``base``.
+"""
 
 
 def list_model_defaults() -> list[tuple[str, str]]:
@@ -42,10 +48,17 @@ def add_model_defaults(tree: Tree, problems: list[Problem]) -> Tree | None:
         problems.append(_no_such_model(tree, arch, model_type))
         return None
     try:
-        return overlay(_under(read_yaml(file), ("model",)), tree, StageConfig)
+        defaults = read_model(file)
     except ConfigError as error:
         problems += error.problems
         return None
+    checkpoint = peek(tree, ("model", "checkpoint"))
+    if isinstance(checkpoint, str) and not is_weight_file(checkpoint):
+        # The folder of a model holds every part; a .pth file only what was trained.
+        for part in defaults.values["model"].values():
+            if isinstance(part, dict):
+                part.pop("weights", None)
+    return overlay(defaults, tree, StageConfig)
 
 
 def add_dataset_defaults(tree: Tree, problems: list[Problem]) -> Tree:
@@ -76,6 +89,16 @@ def add_dataset_defaults(tree: Tree, problems: list[Problem]) -> Tree:
             merged.values["datasets"][key] = {k: v for k, v in node.items() if k != "type"}
             merged.marks.pop((*path, "type"), None)
     return merged
+
+
+def read_model(file: Path) -> Tree:
+    """The sections ``model`` and ``run`` of packaged defaults, over those of its ``base``."""
+    tree = read_yaml(file)
+    whole = _under(tree, ("model",))
+    if isinstance(tree.get(("run",)), dict):
+        whole = overlay(whole, _under(tree, ("run",)))
+    base = tree.get(("base",))
+    return whole if base is None else overlay(read_model(file.parent / base), whole, StageConfig)
 
 
 def _no_such_model(tree: Tree, arch: Any, model_type: Any) -> Problem:

@@ -21,7 +21,9 @@ class ModelConfig:
     template: Part | None = setting(None, part="template", help="how a conversation becomes text")
     processor: Part | None = setting(factory=lambda: {"name": "vlm"}, part="processor")
     checkpoint: str | None = setting(
-        None, help="folder written by minivlm to start from; alone it also brings the parts"
+        None,
+        help="what to start from: a folder written by minivlm, which alone also brings the parts, or a .pth file of "
+        "MiniGPT-4 or MiniGPT-v2 (path or URL)",
     )
 
 
@@ -39,6 +41,12 @@ class RunConfig:
     batch_size_train: int = setting(32, ge=1, help="samples per process and micro batch")
     batch_size_eval: int = setting(64, ge=1)
     accum_grad_iters: int = setting(1, ge=1, help="micro batches per optimiser step")
+    mix: str = setting(
+        "sample",
+        choices=("sample", "batch"),
+        help="what is drawn by sample_ratio: the dataset of every sample, or that of every batch of a process (always "
+        "so when a dataset is a stream)",
+    )
     num_workers: int = setting(0, ge=0, help="processes that load data")
     train_splits: list[str] = setting(factory=lambda: ["train"])
     valid_splits: list[str] = setting(factory=list)
@@ -50,7 +58,9 @@ class RunConfig:
 
     # length of the training
     max_epoch: int = setting(1, ge=1)
-    iters_per_epoch: int | None = setting(None, ge=1, help="optimiser steps of an epoch; default: the data once")
+    iters_per_epoch: int | None = setting(
+        None, ge=1, help="optimiser steps of an epoch; default: the data once, 10000 for streams"
+    )
     max_steps: int | None = setting(None, ge=1, help="stop after this many optimiser steps")
 
     # optimiser and schedule
@@ -60,6 +70,11 @@ class RunConfig:
     warmup_lr: float = setting(0.0, ge=-1, help="rate at the start of the warm-up; -1: init_lr")
     warmup_steps: int = setting(0, ge=0)
     lr_decay_rate: float | None = setting(None, gt=0, le=1, help="factor per epoch of the step schedule")
+    compat: str | None = setting(
+        None,
+        choices=(None, "minigpt4", "lavis"),
+        help="count the steps of a schedule as this system did, for its published numbers; see runners/schedules.py",
+    )
     weight_decay: float = setting(0.05, ge=0)
     beta1: float = setting(0.9, ge=0, lt=1)
     beta2: float = setting(0.999, ge=0, lt=1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.base import Container
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from minivlm.config.errors import Problem
 from minivlm.config.source import KeyPath, Tree, first_line, leaves
@@ -22,6 +23,8 @@ def resolve(tree: Tree) -> list[Problem]:
     for path in places:
         try:
             _assign(tree.values, path, _lookup(config, path))
+        except InterpolationToMissingValueError:
+            problems.append(tree.problem(path, f"a value must be given{_or_environment(tree, path)}"))
         except OmegaConfBaseException as error:
             problems.append(tree.problem(path, f"cannot be resolved: {first_line(error)}"))
     return problems
@@ -36,6 +39,15 @@ def peek(tree: Tree, path: KeyPath) -> Any:
         return _lookup(OmegaConf.create(tree.values), path)
     except OmegaConfBaseException:
         return value  # resolve() reports it
+
+
+def _or_environment(tree: Tree, path: KeyPath) -> str:
+    """The other way to give a value that stands as ``${oc.env:NAME,???}``."""
+    node = tree.values
+    for key in path:
+        node = node[int(key) if isinstance(node, list) else key]
+    name = re.search(r"oc\.env:(\w+)", node)
+    return f" here, as an option, or in the environment variable {name[1]}" if name else ""
 
 
 def _is_open(value: Any) -> bool:

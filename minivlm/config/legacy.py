@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minivlm.config.errors import Problem
-from minivlm.config.legacy_table import RULES, Old, Rule, carriers
+from minivlm.config.legacy_eras import carriers, implied
+from minivlm.config.legacy_table import RULES, Old, Rule
 from minivlm.config.source import KeyPath, Mark, Tree
 from minivlm.config.values import show
 
@@ -33,6 +34,7 @@ def translate(tree: Tree) -> Translation:
     work.run()
     for path, why in leftover:
         work.drop_carrier(path, why)
+    work.add_implied()
     # Options name stages by key, files list them.
     items: Iterable[tuple[Any, Any]] = stages.items() if isinstance(stages, dict) else ()
     if isinstance(stages, list):
@@ -130,6 +132,14 @@ class _Translator:
             return
         node[path[-1]] = value
         self.tree.marks.setdefault(self.base + path, mark)
+
+    def add_implied(self) -> None:
+        """Write down what the old layout means without saying it."""
+        for key, (value, why) in implied(self.before).items():
+            mark = self.tree.locate(("model",))
+            self.put(tuple(key.split(".")), value, replace(mark, renamed=True))
+            where = mark.file if mark.line is None else f"{mark.file}:{mark.line}"
+            self.done.notes.append(f"{where}: {key} is set to {show(value)}: {why}")
 
     def drop_carrier(self, path: KeyPath, why: str) -> None:
         """Drop a node that held nothing but old keys, which have been carried elsewhere."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minivlm.config.legacy_text import read_prompts, split_template
-from minivlm.config.source import KeyPath
+from minivlm.config.legacy_eras import LAVIS_KEYS, ON_VICUNA, is_v1, section_of
+from minivlm.config.legacy_text import is_packaged, read_prompts, split_template
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,26 @@ class Rule:
     remark: str = ""
 
 
+BENCHMARKS = {"refcoco+": "refcocop", "okvqa": "ok_vqa"}
+"""Names of MiniGPT-v2's evaluation files that are spelt otherwise than those of its training data."""
 FROZEN_QFORMER = ["qformer*", "query_tokens"]
 """``freeze_qformer`` leaves the projection behind the Q-Former trainable."""
-_PROCESSORS = {"vis_processor", "text_processor"}
-_TRAINING_KEYS = {"train_splits", "max_epoch", "max_iters", "init_lr"}
-_LAVIS_KEYS = {"amp", "dist_url", "world_size", "distributed", "resume_ckpt_path", "save_last", "val_freq"}
+_STREAMED = {"laion", "cc_sbu"}
+_PICTURES = ("blip2_image_train", "blip2_image_eval")
 
 
 # ------------------------------------------------------------------------------------------ model
 def _arch(old: Old) -> New | None:
-    return {"model.arch": "minigpt4"} if old.value == "mini_gpt4" else None
+    wanted = "mini_gpt4" if is_v1(old.root) else "minigpt4"
+    return {"model.arch": wanted} if old.value in ("mini_gpt4", "minigpt4") and old.value != wanted else None
 
 
 def _model_type(old: Old) -> New | None:
     ours = old.section.get("arch") in (None, "mini_gpt4", "minigpt4")
-    return {"model.model_type": "pretrain_vicuna0"} if ours and old.value == "pretrain_vicuna" else None
+    wanted = "pretrain_vicuna" if is_v1(old.root) else "pretrain_vicuna0"
+    known = ours and old.value in ON_VICUNA and old.value != wanted
+    # "pretrain_vicuna" was renamed with the arch; on its own the later name is what is meant.
+    return {"model.model_type": wanted} if known else None
 
 
 def _has_qformer(old: Old) -> New:
@@ -80,6 +85,10 @@ def _q_former_model(old: Old) -> New:
     return _only_with_qformer(old, {"model.connector.weights": old.value}) if old.value else {}
 
 
+def _llama_model(old: Old) -> New:
+    return {"model.language_model.path": old.value} if old.value else {}
+
+
 def _vit_precision(old: Old) -> New:
     if old.value not in ("fp16", "bf16", "fp32"):
         raise ValueError(f"expected fp16, bf16 or fp32, got {old.value!r}")
@@ -91,7 +100,9 @@ def _checkpoint(old: Old) -> New:
 
 
 def _prompt_path(old: Old) -> New:
-    return {"model.processor.prompts": read_prompts(old.value)} if old.value else {}
+    if not old.value or is_packaged(old.value):
+        return {}
+    return {"model.processor.prompts": read_prompts(old.value)}
 
 
 def _prompt_template(old: Old) -> New:
@@ -141,7 +152,7 @@ _MODEL = (
     Rule("model.freeze_qformer", _freeze_qformer, _NO_QFORMER, "its projection stays trainable"),
     Rule("model.num_query_token", _num_query_token, _NO_QFORMER),
     Rule("model.q_former_model", _q_former_model, "it names no file, or there is no Q-Former"),
-    Rule("model.llama_model", "model.language_model.path"),
+    Rule("model.llama_model", _llama_model, "it names no folder"),
     Rule("model.low_resource", _low_resource),
     Rule("model.device_8bit", None, "the model goes to run.device"),
     Rule("model.lora_r", _lora_r),
@@ -150,7 +161,12 @@ _MODEL = (
     Rule("model.lora_target_modules", _lora("target_modules"), _NO_LORA),
     Rule("model.use_grad_checkpoint_llm", "model.language_model.gradient_checkpointing"),
     Rule("model.ckpt", _checkpoint, "it names no file"),
-    Rule("model.prompt_path", _prompt_path, "it names no file", "the prompts in the file"),
+    Rule(
+        "model.prompt_path",
+        _prompt_path,
+        "the packaged prompts are taken",
+        "the prompts in the file",
+    ),
     Rule("model.prompt_template", _prompt_template),
     Rule("model.chat_template", _chat_template, "the template itself says how a message is wrapped"),
     Rule("model.end_sym", _end_sym),
@@ -165,26 +181,42 @@ def _image_size(old: Old) -> New:
     return {"model.processor.image.size": old.value}
 
 
-def _section(old: Old, name: str) -> Mapping[str, Any]:
-    """A section of the file; what is no mapping is reported elsewhere."""
-    section = old.root.get(name)
-    return section if isinstance(section, dict) else {}
+def _image_name(old: Old) -> New:
+    """One processor for all: the one of training, if any node names it."""
+    nodes = [section_of(old.root, "preprocess"), *section_of(old.root, "datasets").values()]
+    pictures = [node["vis_processor"] for node in nodes if isinstance(node, dict) and "vis_processor" in node]
+    splits = [split for each in pictures if isinstance(each, dict) for split in each.values()]
+    given = [split.get("name") for split in splits if isinstance(split, dict)]
+    names = [name for name in _PICTURES if name in given]
+    return {"model.processor.image.name": names[0]} if names and old.value in _PICTURES else {}
+
+
+def _scale(old: Old) -> New:
+    if not is_v1(old.root):
+        return {}
+    share = [old.section.get("min_scale", 0.5), old.section.get("max_scale", 1.0)]
+    return {"model.processor.image.random_crop": share}
+
+
+def _caption(key: str) -> Any:
+    """The rule of a key of a text processor: only the streamed datasets clean their captions."""
+
+    def rule(old: Old) -> New:
+        dataset, split = old.names
+        cleans = dataset in _STREAMED and split == "train"
+        return {("datasets", dataset, "text_processor", key): old.value} if cleans else {}
+
+    return rule
 
 
 def _numbers(old: Old, section: str, key: str) -> list[int]:
     """The values of ``key`` in all datasets of a section."""
-    nodes = _section(old, section).values()
+    nodes = section_of(old.root, section).values()
     return [node[key] for node in nodes if isinstance(node, dict) and isinstance(node.get(key), int)]
 
 
-def _batch_size(old: Old) -> New:
-    if "batch_size_train" in _section(old, "run"):
-        return {}
-    return {"run.batch_size_train": min(_numbers(old, "datasets", "batch_size"), default=old.value)}
-
-
 def _eval_batch_size(old: Old) -> New:
-    if "batch_size_eval" in _section(old, "run"):
+    if "batch_size_eval" in section_of(old.root, "run"):
         return {}
     return {"run.batch_size_eval": min(_numbers(old, "evaluation_datasets", "batch_size"), default=old.value)}
 
@@ -194,49 +226,49 @@ def _eval_tokens(old: Old) -> New:
 
 
 def _eval_file(old: Old) -> New:
-    return {"datasets.*.annotations": old.value, "run.evaluate": True}
+    (name,) = old.names
+    known = {} if BENCHMARKS.get(name, name) == name else {("datasets", name, "name"): BENCHMARKS[name]}
+    return known | {
+        ("datasets", name, "annotations", "test"): old.value,
+        "run.evaluate": True,
+        "run.test_splits": ["test"],
+    }
 
 
-def carriers(root: Mapping[str, Any]) -> list[tuple[KeyPath, str]]:
-    """The dataset nodes of a demo or evaluation file that only tell how to treat pictures and texts."""
-    run, datasets = root.get("run"), root.get("datasets")
-    if not isinstance(run, dict) or not isinstance(datasets, dict) or _TRAINING_KEYS & set(run):
-        return []
-    why = "this file trains nothing, and the node only told how to treat pictures and texts"
-    return [
-        (("datasets", str(key)), why)
-        for key, node in datasets.items()
-        if isinstance(node, dict) and node and set(node) <= _PROCESSORS
-    ]
+def _task(old: Old) -> New | None:
+    evaluates = old.value == "image_text_pretrain" and "evaluation_datasets" in old.root
+    return {"run.task": "vqa"} if evaluates else None
 
 
 _NO_IMAGE_NAME = "model.processor.image tells how a picture is treated"
 _NO_SCALE = "the original ignores it, too"
-_NO_TEXT = "the dataset itself prepares its texts"
+_NO_TEXT = "the texts of this dataset are taken as they are"
+_NO_PREPROCESS = "model.processor.text tells how a text is treated"
 _SMALLEST = "one for all datasets: the smallest"
 _NO_DOWNLOAD = "nothing is downloaded"
 
 
 def _processors(place: str) -> tuple[Rule, ...]:
-    """The rules for ``vis_processor`` and ``text_processor`` at ``place``."""
-    picture, text = f"{place}vis_processor.*", f"{place}text_processor.*"
+    """The rules for ``vis_processor`` at ``place``."""
+    picture = f"{place}vis_processor.*"
     return (
-        Rule(f"{picture}.name", None, _NO_IMAGE_NAME),
+        Rule(f"{picture}.name", _image_name, _NO_IMAGE_NAME),
         Rule(f"{picture}.image_size", _image_size),
         Rule(f"{picture}.mean", lambda old: {"model.processor.image.mean": old.value}),
         Rule(f"{picture}.std", lambda old: {"model.processor.image.std": old.value}),
-        Rule(f"{picture}.min_scale", None, _NO_SCALE),
-        Rule(f"{picture}.max_scale", None, _NO_SCALE),
-        Rule(f"{text}.name", None, _NO_TEXT),
-        Rule(f"{text}.prompt", None, _NO_TEXT),
-        Rule(f"{text}.max_words", None, _NO_TEXT),
+        Rule(f"{picture}.min_scale", _scale, _NO_SCALE),
+        Rule(f"{picture}.max_scale", _scale, _NO_SCALE),
     )
+
+
+_TEXT_KEYS = ("name", "prompt", "max_words")
 
 
 _DATASETS = (
     *_processors("preprocess."),
     *_processors("datasets.*."),
-    Rule("datasets.*.batch_size", _batch_size, "run.batch_size_train is given", _SMALLEST),
+    *(Rule(f"preprocess.text_processor.*.{key}", None, _NO_PREPROCESS) for key in _TEXT_KEYS),
+    *(Rule(f"datasets.*.text_processor.*.{key}", _caption(key), _NO_TEXT) for key in _TEXT_KEYS),
     Rule("datasets.*.data_type", None, "every dataset here holds pictures"),
     Rule("datasets.*.build_info.storage", "datasets.*.storage"),
     Rule("datasets.*.build_info.image_path", "datasets.*.images"),
@@ -245,7 +277,7 @@ _DATASETS = (
     Rule("datasets.*.build_info.annotations.*.storage", "datasets.*.annotations.*"),
     Rule("datasets.*.build_info.annotations.*.url", None, _NO_DOWNLOAD),
     Rule("datasets.*.build_info.annotations.*.md5", None, _NO_DOWNLOAD),
-    Rule("evaluation_datasets.*.eval_file_path", _eval_file),
+    Rule("evaluation_datasets.*.eval_file_path", _eval_file, remark="in minivlm's own format, see docs/data.md"),
     Rule("evaluation_datasets.*.img_path", "datasets.*.images"),
     Rule("evaluation_datasets.*.max_new_tokens", _eval_tokens, remark="one for all datasets: the largest"),
     Rule("evaluation_datasets.*.batch_size", _eval_batch_size, "run.batch_size_eval is given", _SMALLEST),
@@ -277,7 +309,7 @@ def _wandb(old: Old) -> New:
 
 
 def _save_freq(old: Old) -> New | None:
-    return {} if _LAVIS_KEYS & set(old.section) else None
+    return {} if LAVIS_KEYS & set(old.section) else None
 
 
 def _ratios(old: Old) -> New:
@@ -288,6 +320,7 @@ def _ratios(old: Old) -> New:
 
 _LAUNCHER = "torchrun says it"
 _RUN = (
+    Rule("run.task", _task),
     Rule("run.runner", _runner, remark="run.max_steps is its length"),
     Rule("run.max_iters", _max_iters),
     Rule("run.iters_per_inner_epoch", "run.iters_per_epoch"),

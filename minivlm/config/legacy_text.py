@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+
+def is_packaged(path: Any) -> bool:
+    """Whether it is the file of alignment prompts that comes with MiniGPT-4, whose lines the packaged models hold."""
+    return isinstance(path, str) and Path(path).parts[-2:] == ("prompts", "alignment.txt") and not Path(path).exists()
 
 
 def read_prompts(path: str) -> list[str]:

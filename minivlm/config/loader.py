@@ -12,15 +12,16 @@ from minivlm import registry
 from minivlm.config.defaults import add_dataset_defaults, add_model_defaults, list_model_defaults
 from minivlm.config.errors import ConfigError, Problem
 from minivlm.config.experiment import Experiment, ModelConfig, StageConfig
-from minivlm.config.interpolation import resolve
+from minivlm.config.interpolation import peek, resolve
 from minivlm.config.layers import overlay
 from minivlm.config.legacy import translate
 from minivlm.config.nodes import belongs, places
 from minivlm.config.options import parse_options
-from minivlm.config.source import KeyPath, Mark, Tree, read_yaml, with_string_keys
+from minivlm.config.source import KeyPath, Mark, Tree, leaves, read_yaml, with_string_keys
 from minivlm.config.stages import SECTIONS, split_stages
 from minivlm.config.validate import validate
 from minivlm.config.values import listing, nearest, show
+from minivlm.paths import is_placeholder
 
 __all__ = ["list_model_defaults", "load_config", "parse_model"]
 
@@ -66,8 +67,9 @@ def parse_model(container: dict[str, Any], where: str) -> ModelConfig:
         if with_defaults is None:
             raise ConfigError(problems)
         tree = with_defaults
+        problems += resolve(tree)
     model, wrong = validate(tree.values["model"], ModelConfig, tree.problem, ("model",))
-    problems += wrong + _missing_parts(tree)
+    problems += [] if problems else wrong + _missing_parts(tree)
     if problems:
         raise ConfigError(problems)
     assert isinstance(model, ModelConfig)
@@ -157,12 +159,13 @@ class _Loading:
         """Add the defaults of one stage, resolve it and build it."""
         with_model = add_model_defaults(tree, self.problems)
         tree = add_dataset_defaults(with_model or tree, self.problems)
-        unresolved = resolve(tree)
+        unresolved = [*resolve(tree), *_placeholders(tree)]
         # What cannot be resolved would be reported a second time as a value of the wrong type.
         places_of = {(p.file, p.line, p.key) for p in unresolved}
         stage, problems = validate(tree.values, StageConfig, tree.problem)
         if with_model is not None:
             problems += _missing_parts(tree)
+        problems += _cached_crops(tree)
         self.problems += unresolved + [p for p in problems if (p.file, p.line, p.key) not in places_of]
         return stage
 
@@ -180,6 +183,24 @@ def _missing_parts(tree: Tree) -> list[Problem]:
             message = f"a model needs a {part} (one of {known}), unless model.checkpoint or arch and model_type"
             problems.append(tree.problem(("model", part), f"{message} bring it"))
     return problems
+
+
+def _placeholders(tree: Tree) -> list[Problem]:
+    """Values that only say that something is to be filled in, as the files of MiniGPT-4 come."""
+    return [
+        tree.problem(path, f"is still the placeholder {value!r}; give the real path in the file or as an option")
+        for path, value in leaves(tree.values)
+        if isinstance(value, str) and value[:1] not in "<\n" and is_placeholder(value)  # `<s>` belongs to a template
+    ]
+
+
+def _cached_crops(tree: Tree) -> list[Problem]:
+    """Features are kept for a picture, so the picture must not change from epoch to epoch."""
+    crop = ("model", "processor", "image", "random_crop")
+    if peek(tree, crop) is None or peek(tree, ("run", "feature_cache")) is None:
+        return []
+    message = "a picture that is cropped at random has no features to keep; set random_crop: null"
+    return [tree.problem(crop, f"{message} or run.feature_cache: null")]
 
 
 def _belongs(key: str, tree: Tree) -> str:

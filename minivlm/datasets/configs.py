@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minivlm.schema import setting
+from minivlm.schema import Part, setting
 
 
 @dataclass(kw_only=True)
@@ -13,14 +13,77 @@ class DatasetConfig:
 
     sample_ratio: float | None = setting(None, gt=0, help="weight in the mix; default: every sample once an epoch")
     max_samples: int | None = setting(None, ge=1, help="use only the first so many samples of a split")
+    batch_size: int | None = setting(
+        None,
+        ge=1,
+        help="samples per process and micro batch, where a batch holds one dataset (run.mix: batch, and streams); "
+        "default: run.batch_size_train",
+    )
 
 
 @dataclass(kw_only=True)
-class LlavaJsonConfig(DatasetConfig):
-    """LLaVA-1.5 records: ``{id, image: path or list, conversations: [{from, value}]}``."""
+class RecordConfig(DatasetConfig):
+    """Files of records and a folder of pictures."""
 
     annotations: dict[str, str] | str = setting(help="JSON or JSONL file, or one for each split")
     images: str | None = setting(None, help="folder of the pictures; default: the annotation file's folder")
+
+
+@dataclass(kw_only=True)
+class LlavaJsonConfig(RecordConfig):
+    """LLaVA-1.5 records: ``{id, image: path or list, conversations: [{from, value}]}``."""
+
+
+@dataclass(kw_only=True)
+class InstructionConfig(RecordConfig):
+    """Records that become one request and one answer, worded by the dataset."""
+
+    identifier: str = setting("", help="in front of the text, as [vqa] of MiniGPT-v2")
+    prompts: list[str] = setting(factory=lambda: ["{text}"], help="wordings of which each record gets one")
+    metric: str = setting("exact_match", registered="metric", help="how an answer is scored")
+
+
+@dataclass(kw_only=True)
+class CaptionJsonConfig(InstructionConfig):
+    """``{id, image, caption}``; of a list of captions the first is learned."""
+
+    prompts: list[str] = setting(
+        factory=lambda: ["Describe this image briefly."], help="requests of which each record gets one"
+    )
+
+
+@dataclass(kw_only=True)
+class VQAJsonConfig(InstructionConfig):
+    """``{id, image, question, answers}``; of a list of answers the most frequent is learned.
+
+    In ``prompts``, {text} stands for the question.
+    """
+
+
+@dataclass(kw_only=True)
+class GroundingJsonConfig(InstructionConfig):
+    """``{id, image, phrase, boxes}``, or ``{id, image, caption, objects: [{phrase, boxes}]}`` for whole captions.
+
+    In ``prompts``, {text} stands for the phrase, the boxes or the caption that is given.
+    """
+
+    form: str = setting(
+        "refer",
+        choices=("refer", "identify", "detect", "grounded_caption", "caption_to_phrases"),
+        help="refer: phrase to boxes; identify: boxes to phrase; detect: phrase to phrase with boxes; "
+        "grounded_caption: request to caption with boxes; caption_to_phrases: caption to its phrases with boxes",
+    )
+    box_unit: str = setting(
+        "pixels",
+        choices=("pixels", "percent"),
+        help="of [left, top, right, bottom] in the records: pixels of a picture of `width` and `height` (of the "
+        "record, or else of the file); or 0 to 100 of width and height",
+    )
+
+
+@dataclass(kw_only=True)
+class TextJsonConfig(RecordConfig):
+    """``{id, instruction, input, output}`` without pictures; ``input`` may be absent."""
 
 
 @dataclass(kw_only=True)
@@ -42,3 +105,17 @@ class CCSBUAlignConfig(DatasetConfig):
     """MiniGPT-4's second stage, as its authors publish it."""
 
     storage: str = setting(help="folder with filter_cap.json and the pictures image/<image_id>.jpg")
+
+
+@dataclass(kw_only=True)
+class WebDatasetConfig(DatasetConfig):
+    """Tar shards with ``<key>.jpg`` and ``<key>.json`` (its ``caption``), as img2dataset writes them."""
+
+    storage: str | list[str] = setting(help="paths or URLs of the shards, with ranges: laion/{00000..10488}.tar")
+    resampled: bool = setting(
+        True, help="draw shards with replacement; false: every shard once a pass, shared out to all loading processes"
+    )
+    shuffle_buffer: int = setting(1000, ge=1, help="samples that are shuffled together; 1: as they stand in the shards")
+    text_processor: Part | None = setting(
+        factory=lambda: {"name": "blip_caption"}, part="processor", help="cleans the captions; null: as they are"
+    )

@@ -11,12 +11,13 @@ import copy
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 from minivlm.datasets.base import DatasetBuilder
+from minivlm.datasets.streams import SampleStream, ShardError, sample_or_error
 from minivlm.evaluation.vqa import evenly_spaced
 from minivlm.processors.image import open_image
 from minivlm.types import IGNORE_INDEX, IMAGE_MARKER, IMAGE_TOKEN_ID, Encoded, Sample, SampleError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 ADVICE = {
+    "shard": "fetch or make it again; training skips what it cannot read of it",
     "record": "correct the record in the annotation file",
     "picture path": "give a path below the folder `images`",
     "missing picture": "put the file there, or correct the setting `images` of the dataset",
@@ -71,13 +73,13 @@ class Finding:
 class Report:
     """What was found in a split.
 
-    ``bad`` of the ``checked`` samples cannot be used. ``lengths`` and ``supervised`` are tokens of the
-    samples, before anything is cut; they are empty without a processor.
+    ``bad`` of the ``checked`` samples cannot be used; a stream has no ``total``. ``lengths`` and ``supervised``
+    are tokens of the samples, before anything is cut; they are empty without a processor.
     """
 
     dataset: str
     split: str
-    total: int
+    total: int | None
     checked: int = 0
     bad: int = 0
     findings: dict[str, Finding] = field(default_factory=dict)
@@ -104,27 +106,47 @@ def check_dataset(
 ) -> Report:
     """Read at most ``limit`` samples, spread evenly over the split, and open their pictures.
 
+    Of a stream they come from several places; what is broken as a whole is looked for in all of it.
+
     Raises :class:`DatasetError` if the split cannot be opened at all.
     """
     samples = builder.build(split)
+    name = builder.name or type(builder).__name__
+    if isinstance(samples, SampleStream):
+        return _check_stream(samples, Report(name, split, None), processor, limit)
     total = min(len(samples), getattr(builder.config, "max_samples", None) or len(samples))
-    report = Report(builder.name or type(builder).__name__, split, total)
+    report = Report(name, split, total)
     encoder = None if processor is None else _Encoder(processor, report)
     for number in evenly_spaced(total, limit):
-        report.checked += 1
-        report.bad += not _examine(samples, number, encoder, report)
+        complaints = samples.check(number) if hasattr(samples, "check") else ()
+        _examine(sample_or_error(samples, number), complaints, encoder, report)
     return report
 
 
-def _examine(samples: Sequence[Sample], number: int, encoder: _Encoder | None, report: Report) -> bool:
-    """Add what is wrong with a sample to the report; returns whether it can be used."""
+def _check_stream(stream: SampleStream, report: Report, processor: DoctorProcessor | None, limit: int) -> Report:
+    encoder = None if processor is None else _Encoder(processor, report)
+    broken = {error.sample_id: error for error in stream.faults()}
+    for error in broken.values():
+        report.add("shard", error.sample_id, error.reason)
+    for sample in stream.look(limit):
+        if not isinstance(sample, ShardError):
+            _examine(sample, (), encoder, report)
+        elif sample.sample_id not in broken:
+            report.add("shard", sample.sample_id, sample.reason)
+    return report
+
+
+def _examine(sample: Sample | SampleError, complaints: Iterable[str], encoder: _Encoder | None, report: Report) -> None:
+    """Add a sample, and what is wrong with it, to the report."""
+    report.checked += 1
     found: dict[str, list[str]] = {}
-    sample_id, usable = str(number), False
+    usable = False
     try:
-        for text in samples.check(number) if hasattr(samples, "check") else ():
+        for text in complaints:
             kind, _, what = text.partition(": ")
             found.setdefault(kind, []).append(what)
-        sample = samples[number]
+        if isinstance(sample, SampleError):
+            raise sample
         sample_id = sample.id
         report.pictures[len(sample.images)] += 1
         if encoder is None:
@@ -139,7 +161,7 @@ def _examine(samples: Sequence[Sample], number: int, encoder: _Encoder | None, r
             found.setdefault("record", []).append(error.reason)
     for kind, texts in found.items():
         report.add(kind, sample_id, "; ".join(texts))
-    return usable
+    report.bad += not usable
 
 
 def _examine_bare(sample: Sample, found: dict[str, list[str]]) -> bool:
@@ -211,15 +233,19 @@ def print_report(report: Report, console: Console) -> None:
     """Print a report: the verdict, findings with examples and advice, pictures and token lengths."""
     from rich.text import Text
 
-    part = "" if report.checked == report.total else f" of {report.total:,}"
-    console.print(Text(f"{report.dataset} / {report.split}: {report.checked:,}{part} samples read", "bold"))
-    if report.bad:
+    part = "" if report.checked == report.total or report.total is None else f" of {report.total:,}"
+    end = " of a stream" if report.total is None else ""
+    console.print(Text(f"{report.dataset} / {report.split}: {report.checked:,}{part} samples{end} read", "bold"))
+    if not report.checked:
+        console.print(Text("  nothing could be read", "bold red"))
+    elif report.bad:
         console.print(Text(f"  {report.bad:,} cannot be used", "bold red"))
     else:
         console.print(Text("  all of them can be used", "green"))
     for kind in sorted(report.findings, key=lambda kind: list(ADVICE).index(kind) if kind in ADVICE else 99):
         finding = report.findings[kind]
-        console.print(Text(f"  {kind}: {finding.count:,} samples - {ADVICE.get(kind, '')}", "yellow"))
+        what = "shards" if kind == "shard" else "samples"
+        console.print(Text(f"  {kind}: {finding.count:,} {what} - {ADVICE.get(kind, '')}", "yellow"))
         for sample_id, text in finding.examples:
             console.print(Text(f"      sample '{sample_id}': {text}"), soft_wrap=True)
     pictures = ", ".join(f"{count:,} with {number}" for number, count in sorted(report.pictures.items()))

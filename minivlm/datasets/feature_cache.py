@@ -56,6 +56,11 @@ class FeatureCache:
         """
         if not model.is_frozen("vision_encoder"):
             raise FeatureCacheError("run.feature_cache needs a frozen encoder: set model.vision_encoder.freeze: true")
+        if any(getattr(t, "random_crop", None) for t in processor.transforms.values()):
+            raise FeatureCacheError(
+                "run.feature_cache keeps what an encoder says of whole pictures: set "
+                "model.processor.image.random_crop: null"
+            )
         transforms = {name: t.fingerprint for name, t in processor.transforms.items()}
         name = f"{encoder_hash(model, settings)}-{hashlib.sha1(repr(transforms).encode()).hexdigest()[:12]}-{precision}"
         folder = Path(root) / name

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 from minivlm import registry
 from minivlm.datasets.base import DatasetBuilder, DatasetError
 from minivlm.datasets.sampling import BatchPlan, RankBatches
+from minivlm.datasets.streams import SampleStream, ShuffledStream
 from minivlm.processors.processor import VLMProcessor
 from minivlm.schema import Part
 from minivlm.types import Batch, Encoded, Sample, SampleError
 
 MAX_REPLACEMENTS = 100
+"""So many bad samples in a row end a run."""
 
 
 def build_datasets(nodes: Mapping[str, Part]) -> dict[str, DatasetBuilder[Any]]:
@@ -26,10 +29,28 @@ def build_datasets(nodes: Mapping[str, Part]) -> dict[str, DatasetBuilder[Any]]:
     return {key: registry.get("dataset", part.name)(part.config, key) for key, part in nodes.items()}
 
 
-def build_split(builders: Mapping[str, DatasetBuilder[Any]], splits: Sequence[str]) -> list[Sequence[Sample]]:
+@dataclass
+class Source:
+    """One split of the dataset ``key`` of an experiment, and how it takes part in the mix."""
+
+    key: str
+    samples: Sequence[Sample] | SampleStream
+    ratio: float | None = None
+    batch_size: int | None = None
+
+    @property
+    def sized(self) -> Sequence[Sample]:
+        """The samples where a length is needed; raises :class:`DatasetError` for a stream."""
+        if isinstance(self.samples, SampleStream):
+            raise DatasetError(f"datasets.{self.key} is a stream, which has no length: it can only be trained on")
+        return self.samples
+
+
+def build_split(builders: Mapping[str, DatasetBuilder[Any]], splits: Sequence[str]) -> list[Source]:
     """The samples of every dataset that offers one of the splits.
 
-    Raises :class:`DatasetError` for a split that no dataset offers, and for an empty one.
+    Raises :class:`DatasetError` for a split that no dataset offers, for an empty one, and for a stream that is
+    to end after ``max_samples``.
     """
     for split in splits:
         if not any(split in builder.splits for builder in builders.values()):
@@ -40,13 +61,28 @@ def build_split(builders: Mapping[str, DatasetBuilder[Any]], splits: Sequence[st
         for split in splits:
             if split in builder.splits:
                 samples = builder.build(split)
-                limit = getattr(builder.config, "max_samples", None)
-                if limit is not None and len(samples) > limit:
-                    samples = Head(samples, limit)
-                if len(samples) == 0:
+                ratio, size, limit = (
+                    getattr(builder.config, name, None) for name in ("sample_ratio", "batch_size", "max_samples")
+                )
+                if isinstance(samples, SampleStream):
+                    if limit is not None:
+                        raise DatasetError(f"datasets.{key}: a stream has no first samples; leave out max_samples")
+                elif len(samples) == 0:
                     raise DatasetError(f"datasets.{key}: split '{split}' is empty")
-                found.append(samples)
+                elif limit is not None and len(samples) > limit:
+                    samples = Head(samples, limit)
+                found.append(Source(key, samples, ratio, size))
     return found
+
+
+def preview(samples: Sequence[Sample] | SampleStream, processor: VLMProcessor, seed: int) -> Iterator[Any]:
+    """Samples as training sees them: :class:`Encoded`, or the :class:`SampleError` of a bad one."""
+    stream = samples if isinstance(samples, SampleStream) else ShuffledStream(samples)
+    for sample in stream.look(MAX_REPLACEMENTS):
+        try:
+            yield sample if isinstance(sample, SampleError) else processor.encode(sample, seed=hash((seed, 0)))
+        except SampleError as error:
+            yield error
 
 
 class Head(Sequence[Sample]):

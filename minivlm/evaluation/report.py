@@ -172,11 +172,11 @@ def _open_picture(sample: Sample) -> Any:
         return None
     source = sample.images[0]
     try:
-        if isinstance(source, (str, Path)):
+        if isinstance(source, Image.Image):
+            picture = source.convert("RGBA")
+        else:
             with Image.open(source) as file:
                 picture = file.convert("RGBA")
-        else:
-            picture = source.convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     picture.thumbnail((512, 512))

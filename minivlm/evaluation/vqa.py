@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from minivlm import registry
 from minivlm.evaluation.exact_match import exact_match
 from minivlm.evaluation.text import normalise
 from minivlm.types import IMAGE_MARKER, Sample, SampleError
@@ -94,8 +95,10 @@ def question_answer_pairs(sample: Sample) -> list[tuple[str, str]]:
 
 
 def predict(sample: Sample, answer: str, metric: Metric = exact_match) -> Prediction:
-    """The scored answer to the question of a sample."""
+    """The scored answer to the question of a sample, by the metric that its ``meta`` names, if it names one."""
     asked = question_of(sample)
+    if "metric" in sample.meta:
+        metric = registry.get("metric", sample.meta["metric"])
     value = float(metric(answer, asked.answers))
     return Prediction(sample.id, asked.text, asked.type, answer, asked.answers, value)
 

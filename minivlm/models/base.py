@@ -13,7 +13,20 @@ class ModelError(ValueError):
     """A part that cannot be built, or weights that do not belong to it."""
 
 
-class VisionEncoder(nn.Module):
+class PartModule(nn.Module):
+    """What the three parts have in common: they know where their weights came from."""
+
+    source: dict[str, str] | None = None
+    """The base of the weights (``path``, ``revision``, ``sha256``, ...), None if no base gives them."""
+    unsourced: frozenset[str] = frozenset()
+    """Names of the tensors that the source does not give, such as a new projection behind a loaded Q-Former."""
+
+    def fits(self, name: str, shape: torch.Size) -> bool:
+        """Whether ``load_state_dict`` takes a tensor of another shape, as positions of another picture size."""
+        return False
+
+
+class VisionEncoder(PartModule):
     """Pixels to features. A subclass sets the attributes below and writes :meth:`forward`.
 
     Built as ``cls(config)``; a subclass that can load weights does so in its constructor, unless torch's
@@ -28,8 +41,6 @@ class VisionEncoder(nn.Module):
     """Tokens of a picture; the patch tokens are the last ``grid[0] * grid[1]`` of them."""
     image_settings: Mapping[str, Any]
     """``size``, ``resize``, ``interpolation``, ``mean``, ``std``: how a picture becomes its input."""
-    source: dict[str, str] | None = None
-    """Where the weights came from (``path``, ``revision``, ...), None if they were drawn at random."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, tokens, channels]."""
@@ -45,7 +56,7 @@ class VisionEncoder(nn.Module):
         return self(pixels["image"])
 
 
-class Connector(nn.Module):
+class Connector(PartModule):
     """Features to visual tokens; built as ``cls(config, encoder, output_size)``.
 
     The encoder is only asked for its sizes and not kept.
@@ -59,12 +70,11 @@ class Connector(nn.Module):
         raise NotImplementedError
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(PartModule):
     """Embeddings to hidden states, logits and text; built as ``cls(config, vocab_size)``."""
 
     hidden_size: int
     vocab_size: int
-    source: dict[str, str] | None = None
 
     def embed(self, ids: Tensor) -> Tensor:
         """[B, L] -> [B, L, hidden_size]."""

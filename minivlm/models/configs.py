@@ -125,6 +125,9 @@ class HFLanguageModelConfig:
     )
     tokenizer: str | None = setting(None, help="folder or hub id of the tokenizer; default: path")
     revision: str | None = None
+    vocab_size: int | None = setting(
+        None, ge=1, help="expected number of embeddings; weights with another number are refused; null: no check"
+    )
     dtype: str | None = setting(None, choices=("fp32", "bf16", "fp16"), help="storage of the weights")
     quantization: str | None = setting(
         None, choices=("int8", "nf4"), help="of the base weights, by bitsandbytes; needs path"

@@ -71,16 +71,19 @@ def from_pretrained(part: str, auto_class: Any, path: str, **arguments: Any) -> 
 
 
 def source_of(path: str, revision: str | None) -> dict[str, str]:
-    """Where weights came from, with a hash of the local files' names, sizes and samples of their bytes.
+    """Where weights came from: a folder or hub id, or a file; what is local has a hash.
 
-    The samples are spread over the files: a fine-tuned model often shares its beginning with its base.
+    Names, sizes and samples of the bytes count. The samples are spread over the files: a fine-tuned model often
+    shares its beginning with its base.
     """
     source = {"path": path} | ({"revision": revision} if revision else {})
-    if Path(path).is_dir():
+    root = Path(path)
+    if root.exists():
+        files = [root] if root.is_file() else sorted(root.glob("*.safetensors")) + sorted(root.glob("*.bin"))
         digest = hashlib.sha256()
-        for file in sorted(Path(path).glob("*.safetensors")) + sorted(Path(path).glob("*.bin")):
+        for file in files:
             size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
+            digest.update(f"{'' if file == root else file.name} {size}".encode())  # a file may be renamed
             with file.open("rb") as stream:
                 for start in range(0, size, max(size // _SAMPLES, _SAMPLE_BYTES)):
                     stream.seek(start)

@@ -38,6 +38,15 @@ class VisionLanguageModel(nn.Module):
         self.vision_encoder = vision_encoder
         self.connector = connector
         self.language_model = language_model
+        self.load_reports: list[Any] = []
+        """What the files held that have filled the parts, for printing (``.summary``) or a closer look."""
+        self.trained_before: list[str] = []
+        """Names of the parameters that the checkpoint has trained, in this or an earlier stage."""
+
+    def fits(self, name: str, shape: torch.Size) -> bool:
+        """Whether ``load_state_dict`` takes a tensor of another shape; see :meth:`PartModule.fits`."""
+        part, _, rest = name.partition(".")
+        return part in PARTS and getattr(self, part).fits(rest, shape)
 
     @property
     def device(self) -> torch.device:
@@ -107,13 +116,19 @@ class VisionLanguageModel(nn.Module):
         return output
 
     @torch.inference_mode()
-    def generate(self, batch: Batch, *, visual: Tensor | None = None, **options: Any) -> Tensor:
+    def generate(
+        self, batch: Batch, *, visual: Tensor | None = None, keep_last: int | None = None, **options: Any
+    ) -> Tensor:
         """New token ids [B, T] for left-padded prompts, greedy unless ``options`` say otherwise.
 
-        Options are those of transformers' ``generate`` (max_new_tokens, num_beams, do_sample, temperature,
-        top_p, streamer, stop_strings with tokenizer, ...).
+        ``keep_last`` leaves out all but so many of the last positions. Options are those of transformers'
+        ``generate`` (max_new_tokens, num_beams, do_sample, temperature, top_p, streamer, stop_strings with
+        tokenizer, ...).
         """
-        return self.language_model.generate(self.embed(batch, visual), batch.attention_mask, **options)
+        embeds, mask = self.embed(batch, visual), batch.attention_mask
+        if keep_last is not None:
+            embeds, mask = embeds[:, -keep_last:], mask[:, -keep_last:]
+        return self.language_model.generate(embeds, mask, **options)
 
 
 def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:

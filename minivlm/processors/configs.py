@@ -31,6 +31,7 @@ class TemplateConfig:
     turn_end: str = setting("", help="text behind an answer that is not supervised")
     turn_separator: str = setting("", help="text before every user turn but the first")
     image: str = setting("{image}", help="text around the visual tokens of a picture")
+    image_separator: str = setting("\n", help="between pictures given without a place in the text and the text")
     markers: str = setting(
         "keep",
         choices=("keep", "collapse_to_front"),
@@ -59,6 +60,35 @@ class ImageConfig:
     interpolation: str | None = setting(None, choices=("nearest", "bilinear", "bicubic", "lanczos"))
     mean: list[float] | None = None
     std: list[float] | None = None
+    random_crop: list[float] | None = setting(
+        None,
+        gt=0,
+        le=1,
+        help="[smallest, largest] share of a training picture's area: another part of it is taken every time",
+    )
+
+    def __post_init__(self) -> None:
+        share = self.random_crop
+        if share is not None and (len(share) != 2 or share[0] > share[1]):
+            raise ValueError(f"random_crop: expected [smallest, largest] share of the area, got {share}")
+
+
+@dataclass
+class Blip2ImageConfig(ImageConfig):
+    """The pictures of BLIP-2 and MiniGPT-4, whatever the encoder says: squashed, CLIP's mean and deviation."""
+
+    resize: str | None = setting("squash", choices=("squash", "shortest_edge", "pad"))
+    interpolation: str | None = setting("bicubic", choices=("nearest", "bilinear", "bicubic", "lanczos"))
+    mean: list[float] | None = setting(factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    std: list[float] | None = setting(factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+
+
+@dataclass
+class BlipCaptionConfig:
+    """How the captions of BLIP and MiniGPT-4's first stage are cleaned."""
+
+    prompt: str = setting("", help="text in front of every caption")
+    max_words: int = setting(50, ge=1, help="longer captions are cut")
 
 
 @dataclass
@@ -75,4 +105,7 @@ class ProcessorConfig:
     max_answer_tokens: int | None = setting(None, ge=1, help="cut what follows the first prompt to this length")
     prompts: list[str] = setting(
         factory=list, help="user texts from which one is drawn for a picture that has only a caption"
+    )
+    text: Part | None = setting(
+        None, part="processor", help="text processor that `load_model_and_preprocess` returns; default: none is needed"
     )

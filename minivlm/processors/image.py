@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +63,17 @@ class ImageTransform:
         self.interpolation: str = settings["interpolation"]
         self.mean = [float(x) for x in settings["mean"]]
         self.std = [float(x) for x in settings["std"]]
+        self.random_crop = config.random_crop
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """RGB picture -> float32 [3, size, size]."""
+    def __call__(self, image: Image.Image, seed: str | None = None) -> torch.Tensor:
+        """RGB picture -> float32 [3, size, size].
+
+        ``seed`` is given in training; where ``random_crop`` is set it decides which part is seen.
+        """
         import torch
 
+        if self.random_crop and seed is not None:
+            image = image.crop(random_box(image.width, image.height, self.random_crop, random.Random(seed)))
         pixels = np.asarray(self._fit(image), dtype=np.float32) / np.float32(255)
         mean, std = np.array(self.mean, dtype=np.float32), np.array(self.std, dtype=np.float32)
         pixels = ((pixels - mean) / std).astype(np.float32)
@@ -76,12 +84,12 @@ class ImageTransform:
         if self.resize == "pad":
             image = pad_to_square(image, tuple(int(x * 255) for x in self.mean))
         if self.resize != "shortest_edge":
-            return image.resize((self.size, self.size), resample)
+            return resize(image, (self.size, self.size), resample)
         width, height = image.size
         # the longer side is cut off, not rounded, as CLIP's processor does
         longer = int(self.size * max(width, height) / min(width, height))
         size = (self.size, longer) if width <= height else (longer, self.size)
-        image = image.resize(size, resample)
+        image = resize(image, size, resample)
         left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
         return image.crop((left, top, left + self.size, top + self.size))
 
@@ -89,6 +97,38 @@ class ImageTransform:
     def fingerprint(self) -> str:
         """Changes whenever the transform would give other pixels."""
         return hashlib.sha1(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """The picture in ``size`` (width, height), the same to the bit under every version of Pillow.
+
+    A resize is a pass over each axis with rounding between them, so their order shows in the result. Pillow
+    always began with the rows until version 13, which begins with the columns where the height shrinks by more
+    than twice as many pixels as the width. That is the rule here.
+    """
+    columns_first = image.height - size[1] > max(0, 2 * (image.width - size[0]))
+    between = (image.width, size[1]) if columns_first else (size[0], image.height)
+    return image.resize(between, resample).resize(size, resample)
+
+
+def random_box(
+    width: int, height: int, share: Sequence[float], draw: random.Random, ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> tuple[int, int, int, int]:
+    """A part of a picture as (left, top, right, bottom), of a share of its area (Szegedy et al. 2014).
+
+    Share and ratio of the sides (its logarithm) are drawn evenly; after ten draws that do not fit, the middle
+    of the picture is taken, as much of it as the ratios allow.
+    """
+    for _ in range(10):
+        area = width * height * draw.uniform(*share)
+        sides = math.exp(draw.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * sides)), round(math.sqrt(area / sides))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = draw.randint(0, width - w), draw.randint(0, height - h)
+            return left, top, left + w, top + h
+    w, h = min(width, max(1, round(height * ratio[1]))), min(height, max(1, round(width / ratio[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:

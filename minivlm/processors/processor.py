@@ -53,13 +53,16 @@ class VLMProcessor:
         self.tokens_per_image = tokens_per_image
         self.feature_cache: FeatureLookup | None = None
 
-    def encode(self, sample: Sample, seed: int = 0) -> Encoded:
-        """A training sample as numbers; ``seed`` decides what is drawn at random (prompts of captions).
+    def encode(self, sample: Sample, seed: int | None = None) -> Encoded:
+        """A sample as numbers; in training ``seed`` decides what is drawn at random (prompts, crops of pictures).
+
+        Without it, the loss of an evaluation is wanted: pictures are not cropped, prompts drawn as by 0.
 
         Raises :class:`SampleError` for a bad picture, a wrong marker count, roles out of order, a sample
         with nothing supervised, or one that is too long.
         """
-        encoded = self._encode(sample.id, self._with_prompt(sample, seed), sample.images, chat=False)
+        messages = self._with_prompt(sample, seed or 0)
+        encoded = self._encode(sample.id, messages, sample.images, chat=False, seed=seed)
         self._limit(encoded)
         if encoded.num_supervised == 0:
             raise SampleError(sample.id, "nothing is supervised: no answer, or it was cut off")
@@ -171,10 +174,13 @@ class VLMProcessor:
         """Key of a picture in the feature cache."""
         return image_hash(image)
 
-    def load_pixels(self, image: Any) -> dict[str, torch.Tensor]:
-        """Every input of the encoder, [3, H, W] each, of one picture."""
+    def load_pixels(self, image: Any, seed: str | None = None) -> dict[str, torch.Tensor]:
+        """Every input of the encoder, [3, H, W] each, of one picture; ``seed`` as for :class:`ImageTransform`."""
         opened = open_image(image)
-        return {name: transform(opened) for name, transform in self.transforms.items()}
+        return {
+            name: transform(opened, seed) if getattr(transform, "random_crop", None) else transform(opened)
+            for name, transform in self.transforms.items()
+        }
 
     def _with_prompt(self, sample: Sample, seed: int) -> list[Message]:
         """A picture that has only a caption gets a user turn: one of the prompts, or the bare picture."""
@@ -183,9 +189,7 @@ class VLMProcessor:
             return messages
         prompts = self.config.prompts or [IMAGE_MARKER]
         text = random.Random(f"{seed}/{sample.id}").choice(prompts)
-        if IMAGE_MARKER not in text:
-            text = f"{IMAGE_MARKER * len(sample.images)}\n{text}"
-        return [Message("user", text), *messages]
+        return [Message("user", self.template.with_images(text, len(sample.images))), *messages]
 
     def _encode(
         self,
@@ -195,6 +199,7 @@ class VLMProcessor:
         *,
         chat: bool,
         encoded_images: int = 0,
+        seed: int | None = None,
     ) -> Encoded:
         form = self.template.chat_config if chat else self.template.config
         try:
@@ -209,19 +214,20 @@ class VLMProcessor:
         ids, labels = tokenize(segments, self.tokenizer, sizes, form.bos)
         encoded = Encoded(ids, labels, tokens_per_image=sizes, sample_id=sample_id)
         try:
-            self._add_images(encoded, images)
+            self._add_images(encoded, images, seed)
         except OSError as error:
             raise SampleError(sample_id, str(error)) from error
         return encoded
 
-    def _add_images(self, encoded: Encoded, images: Sequence[Any]) -> None:
+    def _add_images(self, encoded: Encoded, images: Sequence[Any], seed: int | None) -> None:
         if self.feature_cache is not None and images:
             cached = [self.feature_cache.get(self.image_key(image)) for image in images]
             if all(item is not None for item in cached):
                 encoded.features = [item for item in cached if item is not None]
                 return
-        for image in images:
-            for name, pixels in self.load_pixels(image).items():
+        for number, image in enumerate(images):
+            own = None if seed is None else f"{seed}/{encoded.sample_id}/{number}"
+            for name, pixels in self.load_pixels(image, own).items():
                 encoded.pixels.setdefault(name, []).append(pixels)
 
     def _limit(self, encoded: Encoded) -> None:

@@ -59,6 +59,12 @@ class Template:
         suffix = self.config.assistant_suffix
         return self.config.stop or [s for s in [suffix.strip() or suffix] if s]
 
+    def with_images(self, text: str, count: int) -> str:
+        """A user's text with ``count`` pictures; without a marker of its own they stand in front of it."""
+        if IMAGE_MARKER in text:
+            return text
+        return f"{IMAGE_MARKER}{self.config.image_separator}" * count + text
+
     def render(self, messages: Sequence[Message], *, chat: bool = False) -> list[Segment]:
         """Messages to segments; a last assistant message without content leaves the turn open.
 

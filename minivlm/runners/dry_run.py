@@ -6,6 +6,7 @@ The model is built on the meta device, so a 34B experiment can be looked at on a
 from __future__ import annotations
 
 import os
+from itertools import islice
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -18,7 +19,8 @@ from minivlm.api import assemble, resolve_device
 from minivlm.config.experiment import Experiment, StageConfig, to_container
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.doctor import render_mask
-from minivlm.datasets.training_set import TrainingSet, build_datasets, build_split
+from minivlm.datasets.feed import make_feed
+from minivlm.datasets.training_set import build_datasets, build_split, preview
 from minivlm.models.tuning import PartRow, part_table
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
@@ -41,7 +43,12 @@ def dry_run(experiment: Experiment, console: Console) -> bool:
         model, processor, stage.model = assemble(stage.model, meta=True)
         rows = part_table(model, stage.model, stage.run.init_lr)
         console.print(_parts(rows))
-        fine &= _show_data(stage, model, processor, rows, console)
+        if stage.run.evaluate:
+            fine &= _show_evaluation(stage, processor, console)
+        elif not stage.datasets:
+            console.print("\nno datasets: there is a model to talk to, and nothing to train")
+        else:
+            fine &= _show_data(stage, model, processor, rows, console)
     return fine
 
 
@@ -54,37 +61,51 @@ def _parts(rows: list[PartRow]) -> Table:
     return table
 
 
+def _show_evaluation(stage: StageConfig, processor: VLMProcessor, console: Console) -> bool:
+    """The first question of every dataset that would be evaluated; False if one cannot be read."""
+    run = stage.run
+    fine, seen = True, False
+    for key, builder in build_datasets(stage.datasets).items():
+        for split in (s for s in run.test_splits if s in builder.splits):
+            seen = True
+            try:
+                samples = build_split({key: builder}, [split])[0].sized
+                encoded = processor.prompt_sample(samples[0])
+            except (DatasetError, SampleError) as error:
+                console.print(Text(f"data: {error}", style="red"))
+                fine = False
+                continue
+            console.print(f"\n{key}, split {split}: {len(samples):,} samples; task {run.task}", highlight=False)
+            console.print(render_mask(encoded, processor.tokenizer))
+    if not seen:
+        console.print(Text(f"data: no dataset has a split of run.test_splits {run.test_splits}", style="red"))
+    return fine and seen
+
+
 def _show_data(
     stage: StageConfig, model: VisionLanguageModel, processor: VLMProcessor, rows: list[PartRow], console: Console
 ) -> bool:
     run = stage.run
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    global_batch = run.batch_size_train * run.accum_grad_iters * world
     try:
         sources = build_split(build_datasets(stage.datasets), run.train_splits)
+        feed = make_feed(sources, processor, run, world=world)
     except DatasetError as error:
         console.print(Text(f"data: {error}", style="red"))
         return False
-    data = TrainingSet(sources, processor, run.seed, "raise")
     length = 0
-    for index in range(min(2, len(data))):
-        try:
-            encoded = data[index, 0]
-        except SampleError as error:
-            console.print(Text(str(error), style="red"))
+    for encoded in islice(preview(sources[0].samples, processor, run.seed), 2):
+        if isinstance(encoded, SampleError):
+            console.print(Text(str(encoded), style="red"))
             continue
         length = max(length, len(encoded.input_ids))
         console.print(
             f"\nsample {encoded.sample_id}: {len(encoded.input_ids)} tokens, {encoded.num_supervised} supervised"
         )
         console.print(render_mask(encoded, processor.tokenizer))
-    per_epoch = run.iters_per_epoch or max(len(data) // (run.batch_size_train * world) // run.accum_grad_iters, 1)
+    per_epoch = feed.steps_per_epoch
     total = min(run.max_epoch * per_epoch, run.max_steps or 10**12)
-    console.print(
-        f"\n{len(data):,} samples; global batch {run.batch_size_train} per process x {run.accum_grad_iters} "
-        f"accumulation x {world} processes = {global_batch}; {total:,} steps ({per_epoch:,} an epoch)",
-        highlight=False,
-    )
+    console.print(f"\n{feed.describe()}; {total:,} steps ({per_epoch:,} an epoch)", highlight=False, markup=False)
     schedule = registry.get("lr_scheduler", run.lr_sched)(run, total, per_epoch)
     points = sorted({0, min(run.warmup_steps, total - 1), total // 2, total - 1})
     console.print(

@@ -14,10 +14,11 @@ from rich.console import Console
 
 from minivlm import registry
 from minivlm.api import assemble, resolve_device
-from minivlm.checkpoints.native import find_model_folder, load_weights, read_manifest
+from minivlm.checkpoints.native import find_model_folder, load_weights
 from minivlm.config.experiment import Experiment, StageConfig, to_container
-from minivlm.datasets.feature_cache import FeatureCache, fill_cache
-from minivlm.datasets.training_set import build_datasets, build_split
+from minivlm.datasets.feature_cache import FeatureCache, FeatureCacheError, fill_cache
+from minivlm.datasets.streams import SampleStream
+from minivlm.datasets.training_set import Source, build_datasets, build_split
 from minivlm.io import write_atomic, write_json
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
@@ -69,9 +70,6 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
     seed_everything(run.seed)
     model, processor, stage.model = assemble(stage.model)
     model.to(engine.device)
-    trained_before = []
-    if stage.model.checkpoint:
-        trained_before = read_manifest(find_model_folder(stage.model.checkpoint)).trained
     task = registry.get("task", run.task)(run)
     data = _Splits(stage)
     if run.feature_cache:
@@ -82,7 +80,7 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
             done.unlink(missing_ok=True)
             write_atomic(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(container)))
         runner = registry.get("runner", run.runner)(
-            stage, model, processor, engine, task, data.train, data.valid, trained_before, console
+            stage, model, processor, engine, task, data.train, data.valid, model.trained_before, console
         )
         runner.train()
         _take_best(runner, model, folder, console)
@@ -99,23 +97,34 @@ class _Splits:
     def __init__(self, stage: StageConfig):
         run = stage.run
         builders = build_datasets(stage.datasets)
-        self.train: list[Sequence[Sample]] = [] if run.evaluate else build_split(builders, run.train_splits)
+        self.train: list[Source] = [] if run.evaluate else build_split(builders, run.train_splits)
         self.valid = _joined(build_split(builders, run.valid_splits)) if run.valid_splits else None
         self.test = _joined(build_split(builders, run.test_splits)) if run.test_splits else None
         trains = [s for s in run.train_splits if any(s in b.splits for b in builders.values())]
-        self.reference = self.train or (build_split(builders, trains) if trains else [])
+        reference = self.train or (build_split(builders, trains) if trains else [])
+        self.reference = [source for source in reference if not isinstance(source.samples, SampleStream)]
 
     def all(self) -> list[Sequence[Sample]]:
-        """Every sequence that is trained or evaluated on."""
-        return [*self.train, *(s for s in (self.valid, self.test) if s is not None)]
+        """Every sequence that is trained or evaluated on, for the feature cache.
+
+        Raises :class:`FeatureCacheError` for streams.
+        """
+        streams = [source.key for source in self.train if isinstance(source.samples, SampleStream)]
+        if streams:
+            raise FeatureCacheError(
+                f"run.feature_cache needs datasets with a length; {', '.join(streams)} is a stream, whose pictures "
+                "hardly come twice: leave out run.feature_cache"
+            )
+        return [*(source.sized for source in self.train), *(s for s in (self.valid, self.test) if s is not None)]
 
 
-def _joined(sources: list[Sequence[Sample]]) -> Sequence[Sample]:
-    if len(sources) == 1:
-        return sources[0]
+def _joined(sources: list[Source]) -> Sequence[Sample]:
+    sized = [source.sized for source in sources]
+    if len(sized) == 1:
+        return sized[0]
     from torch.utils.data import ConcatDataset
 
-    return ConcatDataset(sources)  # type: ignore[arg-type,return-value]
+    return ConcatDataset(sized)  # type: ignore[arg-type,return-value]
 
 
 def _prepare_cache(

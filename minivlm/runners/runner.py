@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,15 @@ from safetensors import SafetensorError
 from minivlm import registry
 from minivlm.checkpoints.native import CheckpointError, Manifest, load_weights, save_model, trained_names, write_model
 from minivlm.config.experiment import StageConfig
-from minivlm.datasets.base import DatasetError
-from minivlm.datasets.sampling import BatchPlan
-from minivlm.datasets.training_set import TrainingSet, make_loader
+from minivlm.datasets.feed import make_feed
+from minivlm.datasets.training_set import Source
 from minivlm.io import atomic_folder
 from minivlm.models.tuning import parameter_groups
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
+from minivlm.runners.bad_samples import BadSamples
 from minivlm.runners.engines import SingleEngine
-from minivlm.runners.logs import LOG, RunLog, Trackers, draw_loss_curve, read_log
+from minivlm.runners.logs import LOG, RunLog, Trackers, draw_loss_curve
 from minivlm.runners.state import (
     TrainState,
     checkpoints,
@@ -37,8 +36,6 @@ from minivlm.runners.state import (
     write_state,
 )
 from minivlm.types import Batch, Sample
-
-BAD_SAMPLES = "bad_samples.jsonl"
 
 
 class Interrupted(Exception):
@@ -62,7 +59,7 @@ class Runner:
         processor: VLMProcessor,
         engine: SingleEngine,
         task: Any,
-        sources: Sequence[Sequence[Sample]],
+        sources: Sequence[Source],
         eval_samples: Sequence[Sample] | None,
         trained_before: list[str],
         console: Console,
@@ -71,17 +68,10 @@ class Runner:
         self.model, self.processor, self.console = model, processor, console
         self.eval_samples = eval_samples
         self.folder = Path(self.run.output_dir)
-        self.data = TrainingSet(sources, processor, self.run.seed, self.run.on_bad_sample)
-        self.plan = BatchPlan(
-            [len(source) for source in sources],
-            self.run.batch_size_train * engine.world,
-            self.run.seed,
-            _ratios(stage),
-            self.data.lengths() if self.run.group_by_length else None,
-        )
-        self.steps_per_epoch = self.run.iters_per_epoch or max(
-            self.plan.batches_per_pass // self.run.accum_grad_iters, 1
-        )
+        pin = engine.device.type == "cuda"
+        self.feed = make_feed(sources, processor, self.run, rank=engine.rank, world=engine.world, pin=pin)
+        self.bad = BadSamples(self.folder, self.run.max_bad_share, self.feed.size, console)
+        self.steps_per_epoch = self.feed.steps_per_epoch
         self.total_steps = self.run.max_epoch * self.steps_per_epoch
         if self.run.max_steps is not None:
             self.total_steps = min(self.total_steps, self.run.max_steps)
@@ -92,12 +82,8 @@ class Runner:
         fused = engine.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(groups, lr=self.run.init_lr, betas=betas, fused=fused)
         self.trained = trained_names(model, trained_before)
-        data = (
-            f"{self.plan.sizes} {self.plan.batch_size} {self.plan.seed} {self.plan.ratios} {self.run.group_by_length}"
-        )
-        self.state = TrainState(precision=engine.precision, world=engine.world, data=data)
+        self.state = TrainState(precision=engine.precision, world=engine.world, data=self.feed.signature)
         self.stop_signal: int | None = None
-        self._bad: set[str] = set()
         self._nonfinite_in_row = 0
         self._saved_step = -1
 
@@ -116,12 +102,12 @@ class Runner:
         log = self._open_log() if self.is_main else None
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            batches = self._batches()
-            while self.state.step < self.total_steps:
-                record = self._step(module, batches)
-                if log:
-                    log.step(record)
-                self._after_step(log)
+            with closing(self._batches()) as batches:
+                while self.state.step < self.total_steps:
+                    record = self._step(module, batches)
+                    if log:
+                        log.step(record)
+                    self._after_step(log)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -134,16 +120,19 @@ class Runner:
     def _step(self, module: Any, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimiser step over ``accum_grad_iters`` micro batches, weighted by tokens of all processes."""
         start = time.perf_counter()
+        before = self._progress()
         micro = [next(batches) for _ in range(self.run.accum_grad_iters)]
         waited = time.perf_counter() - start
-        self._note_bad(micro)
+        self.bad.note(micro)
         own = sum(int((batch.labels[:, 1:] >= 0).sum()) for batch in micro if batch.labels is not None)
         own_positions = sum(int(batch.attention_mask.sum()) for batch in micro)
-        supervised, positions, stop, bad = self.engine.sum(own, own_positions, self.stop_signal or 0, len(self._bad))
-        self._check_bad(int(bad))
+        supervised, positions, stop, bad, read = self.engine.sum(
+            own, own_positions, self.stop_signal or 0, *self.bad.state()
+        )
+        self.bad.check(int(bad), int(read))
         if stop:
             self.stop_signal = self.stop_signal or int(stop)
-            self._interrupt()
+            self._interrupt(before)  # what was just read is not trained on
         lr = self.schedule(self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -214,9 +203,13 @@ class Runner:
                 self._save_model("best", metrics)
         self.model.train()
 
-    def save(self) -> None:
-        """Write a checkpoint; the older ones stay until it is whole. Raises OSError when the disk is full."""
+    def save(self, progress: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint; the older ones stay until it is whole. Raises OSError when the disk is full.
+
+        ``progress`` is where this process stands in its data, if that is not where it reads.
+        """
         rngs = self.engine.gather(random_state())
+        self.state.processes = self.engine.gather(progress or self._progress())
         if self.is_main and self._saved_step != self.state.step:
             target = self.folder / "checkpoints" / f"step_{self.state.step:08d}"
             with _told_if_full(target), atomic_folder(target) as unfinished:
@@ -226,6 +219,10 @@ class Runner:
             prune(target.parent, self.run.keep_last)
         self._saved_step = self.state.step
         self.engine.barrier()
+
+    def _progress(self) -> dict[str, Any]:
+        """Where this process stands in its data."""
+        return {"feed": self.feed.state(), "bad": self.bad.state()}
 
     def _finish(self) -> None:
         """The last checkpoint, the model folder of the stage, and the loss curve."""
@@ -243,19 +240,9 @@ class Runner:
     def _manifest(self, metrics: dict[str, float]) -> Manifest:
         return Manifest(trained=self.trained, step=self.state.step, stage=self.stage.name, metrics=metrics)
 
-    def _batches(self) -> Iterator[Batch]:
-        return iter(
-            make_loader(
-                self.data,
-                self.plan,
-                start=self.state.consumed,
-                stop=self.state.consumed + (self.total_steps - self.state.step) * self.run.accum_grad_iters,
-                rank=self.engine.rank,
-                world=self.engine.world,
-                workers=self.run.num_workers,
-                pin=self.engine.device.type == "cuda",
-            )
-        )
+    def _batches(self) -> Generator[Batch]:
+        left = (self.total_steps - self.state.step) * self.run.accum_grad_iters
+        return self.feed.batches(self.state.consumed, self.state.consumed + left)
 
     def _open_log(self) -> RunLog:
         trackers = Trackers(self.run.trackers, self.folder, self.run.job_name or self.folder.name)
@@ -294,8 +281,10 @@ class Runner:
                 f"note: the checkpoint was trained in {self.state.precision}, this run is {self.engine.precision}"
             )
             self.state.precision = self.engine.precision
-        if self.is_main:
-            self._bad = {record["id"] for record in read_log(self.folder / BAD_SAMPLES)}
+        if self.state.processes:
+            own = self.state.processes[self.engine.rank]
+            self.feed.restore(own["feed"])
+            self.bad.restore(own["bad"], self.is_main)
         load_weights(self.model, source / "model")
         restore(source, self.optimizer, self.engine.scaler, self.engine.rank)
         if self.is_main:
@@ -307,8 +296,8 @@ class Runner:
             if then != now:
                 raise CheckpointError(
                     f"{source} was written with other {what} ({then}) than this run has ({now}); go on with the "
-                    "same processes, datasets, batch size and seed, or start anew from its weights with "
-                    f"model.checkpoint={source} run.resume=none"
+                    "same processes, loading processes, datasets, batch sizes and seed, or start anew from its weights "
+                    f"with model.checkpoint={source} run.resume=none"
                 )
 
     def _leave_later_checkpoints(self, source: Path) -> None:
@@ -326,28 +315,9 @@ class Runner:
             raise KeyboardInterrupt
         self.stop_signal = number
 
-    def _interrupt(self) -> None:
-        self.save()
+    def _interrupt(self, progress: dict[str, Any]) -> None:
+        self.save(progress)
         raise Interrupted(f"stopped at step {self.state.step} of {self.total_steps}; the state is saved")
-
-    def _note_bad(self, batches: Sequence[Batch]) -> None:
-        """Write down skipped samples, each once."""
-        for error in (error for batch in batches for error in batch.skipped):
-            if error.sample_id in self._bad:
-                continue
-            self._bad.add(error.sample_id)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / BAD_SAMPLES).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"id": error.sample_id, "reason": error.reason}) + "\n")
-            self.console.print(f"skipped {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-    def _check_bad(self, count: int) -> None:
-        """Abort when the bad samples of all processes are more than ``run.max_bad_share`` of the data."""
-        if count > self.run.max_bad_share * len(self.data):
-            raise DatasetError(
-                f"{count} of {len(self.data)} samples are bad, more than run.max_bad_share "
-                f"({self.run.max_bad_share:.2%}); they are listed in {self.folder / BAD_SAMPLES}"
-            )
 
     def _guard(self, finite: bool, micro: Sequence[Batch]) -> None:
         """Count non-finite steps, which were skipped; abort when they do not end."""
@@ -378,12 +348,6 @@ def _told_if_full(target: Path) -> Iterator[None]:
             f"cannot save {target}: {error}; free some space and run the same command again, training goes on "
             "from the newest whole checkpoint"
         ) from error
-
-
-def _ratios(stage: StageConfig) -> list[float] | None:
-    """Sample ratios of the datasets, if any states one; those without count by 1."""
-    given = [getattr(part.config, "sample_ratio", None) for part in stage.datasets.values()]
-    return [ratio or 1.0 for ratio in given] if any(given) else None
 
 
 def _is_finite(value: float) -> bool:

@@ -2,6 +2,11 @@
 
 Each takes the run's settings, the number of steps of the whole run and of an epoch. The warm-up rises
 linearly over the whole run's first steps, however long an epoch is.
+
+``run.compat`` brings back how a published system counted. ``minigpt4``: the warm-up counts the steps
+inside of an epoch, so one that is longer than an epoch starts again; the cosine counts from the start of
+the run, so the rate drops where the warm-up ends. ``lavis``: the warm-up belongs to the first epoch, and
+behind it the rate changes from epoch to epoch only.
 """
 
 from __future__ import annotations
@@ -14,34 +19,59 @@ from minivlm.config.experiment import RunConfig
 Schedule = Callable[[int], float]
 
 
-def _with_warmup(run: RunConfig, after: Schedule) -> Schedule:
-    start = run.init_lr if run.warmup_lr < 0 else run.warmup_lr
-
-    def rate(step: int) -> float:
-        if step < run.warmup_steps:
-            return min(run.init_lr, start + (run.init_lr - start) * (step + 1) / run.warmup_steps)
-        return after(step)
-
-    return rate
-
-
 def linear_warmup_cosine_lr(run: RunConfig, total_steps: int, steps_per_epoch: int) -> Schedule:
     """Warm-up, then half a cosine from init_lr to min_lr at the last step (Loshchilov and Hutter 2017)."""
+    if run.compat == "minigpt4":
+        whole = run.max_epoch * steps_per_epoch  # run.max_steps cuts the schedule, it does not squeeze it
+        return lambda step: (
+            _warm_up(run, step % steps_per_epoch) if step < run.warmup_steps else _cosine(run, step / whole)
+        )
+    if run.compat == "lavis":
+        return _first_epoch(run, steps_per_epoch, lambda epoch: _cosine(run, epoch / run.max_epoch))
     span = max(total_steps - run.warmup_steps, 1)
-
-    def cosine(step: int) -> float:
-        done = min((step - run.warmup_steps) / span, 1.0)
-        return run.min_lr + (run.init_lr - run.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
-
-    return _with_warmup(run, cosine)
+    return _first_steps(run, lambda step: _cosine(run, (step - run.warmup_steps) / span))
 
 
 def linear_warmup_step_lr(run: RunConfig, total_steps: int, steps_per_epoch: int) -> Schedule:
     """Warm-up, then init_lr times ``lr_decay_rate`` to the power of the epoch, not below min_lr."""
     decay = 1.0 if run.lr_decay_rate is None else run.lr_decay_rate
-    return _with_warmup(run, lambda step: max(run.min_lr, run.init_lr * decay ** (step // steps_per_epoch)))
+
+    def of_epoch(epoch: int) -> float:
+        return max(run.min_lr, run.init_lr * decay**epoch)
+
+    if run.compat:
+        return _first_epoch(run, steps_per_epoch, of_epoch)
+    return _first_steps(run, lambda step: of_epoch(step // steps_per_epoch))
 
 
 def constant_lr(run: RunConfig, total_steps: int, steps_per_epoch: int) -> Schedule:
     """Warm-up, then init_lr."""
-    return _with_warmup(run, lambda step: run.init_lr)
+    if run.compat:
+        return _first_epoch(run, steps_per_epoch, lambda epoch: run.init_lr)
+    return _first_steps(run, lambda step: run.init_lr)
+
+
+def _first_steps(run: RunConfig, after: Schedule) -> Schedule:
+    """The warm-up, whose last step has init_lr, in front of ``after``, which takes the step of the run."""
+    return lambda step: _warm_up(run, step + 1) if step < run.warmup_steps else after(step)
+
+
+def _first_epoch(run: RunConfig, steps_per_epoch: int, after: Callable[[int], float]) -> Schedule:
+    """The first epoch warms up and then keeps init_lr; ``after`` takes the number of a later epoch."""
+
+    def rate(step: int) -> float:
+        epoch, inside = divmod(step, steps_per_epoch)
+        return after(epoch) if epoch else _warm_up(run, inside)
+
+    return rate
+
+
+def _warm_up(run: RunConfig, done: int) -> float:
+    """The rate behind ``done`` steps of the warm-up; init_lr once it is over."""
+    start = run.init_lr if run.warmup_lr < 0 else run.warmup_lr
+    return min(run.init_lr, start + (run.init_lr - start) * done / max(run.warmup_steps, 1))
+
+
+def _cosine(run: RunConfig, done: float) -> float:
+    """From init_lr (``done`` 0) to min_lr (``done`` 1)."""
+    return run.min_lr + (run.init_lr - run.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

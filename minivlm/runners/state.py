@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from minivlm.io import TEMPORARY, write_json
 class TrainState:
     """Where a training stands. ``consumed`` counts global micro batches, ``best`` the best metric so far.
 
-    ``data`` tells the data and the batches apart whose numbers ``consumed`` counts.
+    ``data`` tells the data and the batches apart whose numbers ``consumed`` counts. ``processes`` holds for every
+    process where its streams stand and how many bad samples it met.
     """
 
     step: int = 0
@@ -30,6 +31,7 @@ class TrainState:
     precision: str = ""
     world: int = 1
     data: str = ""
+    processes: list[dict[str, Any]] = field(default_factory=list)
 
 
 def random_state() -> dict[str, Any]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from minivlm.types import IMAGE_MARKER, Batch, Message, SampleError
+from minivlm.types import IMAGE_TOKEN_ID, Batch, Message, SampleError
 
 if TYPE_CHECKING:
     import torch
 
     from minivlm.models.vlm import VisionLanguageModel
     from minivlm.processors.processor import VLMProcessor
+
+log = logging.getLogger(__name__)
 
 _POLL = 0.1
 """Seconds between looks at whether an answer that waits for the model is still wanted."""
@@ -47,9 +50,11 @@ class _Turn:
 class Chat:
     """One conversation.
 
-    ``temperature`` 0 is greedy; above it answers are sampled, with ``top_p``. Several chats may share a model
-    if they share ``lock``, which is held while the model works. A question that fails, is broken off, or is
-    answered with nothing leaves the conversation as it was.
+    ``temperature`` 0 is greedy; above it answers are sampled, with ``top_p``, also with beams. A conversation
+    longer than ``max_length`` tokens (default: what processor and model take) is an error; with
+    ``on_overflow: cut_left`` its oldest tokens are left out instead, so that ``max_new_tokens`` fit, as MiniGPT-4
+    does. Several chats may share a model if they share ``lock``, which is held while the model works. A
+    question that fails, is broken off, or is answered with nothing leaves the conversation as it was.
     """
 
     def __init__(
@@ -61,15 +66,25 @@ class Chat:
         temperature: float = 0.0,
         num_beams: int = 1,
         top_p: float = 0.9,
+        repetition_penalty: float = 1.0,
+        length_penalty: float = 1.0,
+        min_new_tokens: int | None = None,
+        max_length: int | None = None,
+        on_overflow: str = "error",
         lock: threading.Lock | None = None,
     ):
         self.model = model
         self.processor = processor
+        self.max_length = max_length
+        self.on_overflow = on_overflow
         self.options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "num_beams": num_beams,
             "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+            "length_penalty": length_penalty,
+            "min_new_tokens": min_new_tokens,
         }
         self._lock = lock or threading.Lock()
         self._state = _State()
@@ -129,25 +144,42 @@ class Chat:
     def _prepare(self, text: str, images: Sequence[Any], options: dict[str, Any]) -> _Turn:
         """Everything that can go wrong before the model is needed."""
         state = self._state
-        if images and IMAGE_MARKER not in text:
-            text = f"{IMAGE_MARKER}\n" * len(images) + text
+        text = self.processor.template.with_images(text, len(images))
         messages = [*state.messages, Message("user", text)]
         batch = self.processor.prompt(messages, images, encoded_images=state.num_images)
         settings = self.options | options
         limit, used = self._context_length(), batch.input_ids.shape[1]
+        if self.on_overflow == "cut_left":
+            settings["keep_last"] = self._room(batch, limit - settings["max_new_tokens"])
+            return _Turn(state, messages, batch, settings)
         if used >= limit:
             reason = f"the conversation has {used} tokens and the model takes {limit}; begin a new conversation"
             raise SampleError("prompt", reason)
         settings["max_new_tokens"] = min(settings["max_new_tokens"], limit - used)
         return _Turn(state, messages, batch, settings)
 
+    def _room(self, batch: Batch, room: int) -> int | None:
+        """How many of the last tokens fit, or None if all do; warns when parts of a picture are lost."""
+        if room < 1:
+            raise SampleError("prompt", "max_new_tokens leaves no room for the conversation; lower it")
+        if batch.input_ids.shape[1] <= room:
+            return None
+        lost = int((batch.input_ids[:, :-room] == IMAGE_TOKEN_ID).sum())
+        if lost:
+            log.warning(
+                "the conversation is too long: its beginning is left out, and with it %d visual tokens; the model no "
+                "longer sees the whole picture. Begin a new conversation.",
+                lost,
+            )
+        return room
+
     def _context_length(self) -> int:
-        """The processor's limit, or the model's own where that is smaller."""
+        """The smallest limit of the processor, the chat and the model."""
         hf: Any = getattr(getattr(self.model.language_model, "model", None), "config", None)
         text = hf.get_text_config() if hasattr(hf, "get_text_config") else hf
         own = getattr(text, "max_position_embeddings", None)
-        limit = self.processor.config.max_length
-        return min(limit, own) if isinstance(own, int) and own > 0 else limit
+        limits = [self.processor.config.max_length, self.max_length, own]
+        return min(limit for limit in limits if isinstance(limit, int) and limit > 0)
 
     def _work(self, turn: _Turn, items: queue.SimpleQueue[Any]) -> None:
         """The thread behind :meth:`stream`: lists of new ids, then the answer or what went wrong."""
@@ -223,8 +255,11 @@ class _Cancelled:
 
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:
-    """The chat's options as transformers wants them: sampling settings only where something is sampled."""
-    options = dict(options)
+    """The chat's options as transformers wants them: only those that have an effect."""
+    without_effect = {"repetition_penalty": 1.0, "length_penalty": 1.0, "min_new_tokens": None, "keep_last": None}
+    if options["num_beams"] == 1:
+        without_effect["length_penalty"] = options["length_penalty"]
+    options = {key: value for key, value in options.items() if without_effect.get(key, ...) != value}
     temperature, top_p = options.pop("temperature"), options.pop("top_p")
     if temperature > 0:
         return options | {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.config.experiment import DemoConfig, ModelConfig, StageConfig
+from minivlm.paths import is_placeholder, is_weight_file
 
 if TYPE_CHECKING:
     from minivlm.models.vlm import VisionLanguageModel
@@ -66,9 +67,10 @@ def read_stage(path: str, options: Sequence[str] = ()) -> StageConfig:
         for note in experiment.notes:
             print(f"note: {note}", file=sys.stderr)
         stage = experiment.stages[-1]
-    if stage.model.checkpoint and not Path(stage.model.checkpoint).exists():
+    start = stage.model.checkpoint
+    if start and not (Path(start).exists() or is_weight_file(start) or is_placeholder(start)):
         raise ServeError(
-            f"there is no model in {stage.model.checkpoint}; correct model.checkpoint, or train the model first: "
+            f"there is no model in {start}; correct model.checkpoint, or train the model first: "
             "`python train.py --cfg-path FILE` with its experiment file, or `make quickstart` for the quickstart's"
         )
     return stage

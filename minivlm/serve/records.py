@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minivlm.datasets.base import DatasetError
-from minivlm.datasets.llava_json import check_images, image_names, scan_records
+from minivlm.datasets.records import check_images, image_names, scan_records
 from minivlm.io import write_atomic
 from minivlm.types import Message, Sample, SampleError
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
 from rich.console import Console
 from rich.text import Text
 
@@ -9,8 +13,8 @@ from minivlm.api import assemble
 from minivlm.config.experiment import Experiment, StageConfig
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.doctor import check_dataset, print_report, render_mask
-from minivlm.datasets.training_set import TrainingSet, build_datasets
-from minivlm.types import SampleError
+from minivlm.datasets.training_set import build_datasets, preview
+from minivlm.types import Encoded, SampleError
 
 SHOWN = 2
 
@@ -44,19 +48,12 @@ def _check_stage(stage: StageConfig, console: Console, limit: int) -> bool:
             print_report(report, console)
             fine &= not report.findings
             if split in run.train_splits:
-                _show_samples(TrainingSet([builder.build(split)], processor, run.seed, "raise"), console)
+                _show_samples(preview(builder.build(split), processor, run.seed), processor.tokenizer, console)
     return fine
 
 
-def _show_samples(data: TrainingSet, console: Console) -> None:
-    shown = 0
-    for index in range(len(data)):
-        try:
-            encoded = data[index, 0]
-        except SampleError:
-            continue
+def _show_samples(samples: Iterable[Encoded | SampleError], tokenizer: Any, console: Console) -> None:
+    good = (sample for sample in samples if not isinstance(sample, SampleError))
+    for encoded in islice(good, SHOWN):
         console.print(f"\nsample {encoded.sample_id} (bold green: supervised)")
-        console.print(render_mask(encoded, data.processor.tokenizer))
-        shown += 1
-        if shown == SHOWN:
-            return
+        console.print(render_mask(encoded, tokenizer))

@@ -28,6 +28,7 @@ class HFLanguageModel(LanguageModel):
         super().__init__()
         from transformers import AutoModelForCausalLM
 
+        self.config = config
         part = "model.language_model"
         scratch = None if config.config is None else {"vocab_size": vocab_size, **config.config}
         hf = load_hf_config(part, config.path, scratch, config.revision)
@@ -48,6 +49,11 @@ class HFLanguageModel(LanguageModel):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.hidden_size = self.model.get_input_embeddings().embedding_dim
         self.vocab_size = self.model.get_input_embeddings().num_embeddings
+        if config.vocab_size not in (None, self.vocab_size):
+            raise ModelError(
+                f"{part}.vocab_size: {config.vocab_size} embeddings are expected, {config.path or 'the model'} has "
+                f"{self.vocab_size} (Vicuna v0 has 32001; LLaMA and Vicuna v1.1 and v1.5 have 32000)"
+            )
         text = hf.get_text_config()
         self.softcap = getattr(text, "final_logit_softcapping", None)  # Gemma 2 and 3
         self.logit_scale = _logit_scale(text)

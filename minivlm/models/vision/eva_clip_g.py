@@ -69,6 +69,11 @@ class EvaClipG(VisionEncoder):
         }
         self.register_load_state_dict_pre_hook(_fit_positions)
 
+    def fits(self, name: str, shape: torch.Size) -> bool:
+        """Positions of another square grid are interpolated when they are loaded."""
+        own = self.vit.pos_embed.shape
+        return name == "vit.pos_embed" and shape[::2] == own[::2] and (shape[1] - 1) ** 0.5 % 1 == 0
+
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, num_tokens, width]."""
         stored, kind = self.vit.patch_embed.proj.weight.dtype, pixels.device.type
@@ -92,16 +97,17 @@ def _in_fp32(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def interpolate_positions(positions: Tensor, side: int) -> Tensor:
-    """[1, 1 + g * g, C] -> [1, 1 + side * side, C]: bicubic over the grid; the class token's stays."""
+    """[1, 1 + g * g, C] -> fp32 [1, 1 + side * side, C]: bicubic over the grid; the class token's stays."""
     grid = round((positions.shape[1] - 1) ** 0.5)
     if grid == side:
         return positions
-    patches = positions[:, 1:].unflatten(1, (grid, grid)).permute(0, 3, 1, 2).float()
+    positions = positions.float()  # files in half precision must not round what is between their values
+    patches = positions[:, 1:].unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
     patches = interpolate(patches, size=(side, side), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2).to(positions.dtype)], dim=1)
+    return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 def _fit_positions(module: EvaClipG, state: dict[str, Any], prefix: str, *_: Any) -> None:
     key = f"{prefix}vit.pos_embed"
-    if key in state and (state[key].shape[1] - 1) ** 0.5 % 1 == 0:  # what is no square grid is refused by torch
+    if key in state and module.fits("vit.pos_embed", state[key].shape):  # anything else is refused by torch
         state[key] = interpolate_positions(state[key], module.grid[0])

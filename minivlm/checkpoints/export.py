@@ -1,0 +1,75 @@
+"""A model folder as the ``.pth`` file that the original MiniGPT-4 reads."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from minivlm.checkpoints.minigpt4 import MINIGPT4
+from minivlm.checkpoints.native import WEIGHTS, read_manifest
+from minivlm.checkpoints.report import CheckpointError
+from minivlm.io import write_atomic
+
+
+def export_minigpt4(folder: Path, target: Path) -> list[str]:
+    """Write what a model folder holds under the original's names, which are returned.
+
+    The file has the original's keys (``model``, ``config``, ``epoch``, and ``optimizer`` and ``scaler``, which
+    are empty), plain containers and tensors only, and LoRA in the spelling of peft 0.2. Base weights are
+    neither read nor written. Raises :class:`CheckpointError` for a model that is no MiniGPT-4.
+    """
+    import torch
+    from omegaconf import OmegaConf
+    from safetensors.torch import load_file
+
+    manifest = read_manifest(folder)
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    settings = _original_settings(folder, config)
+    # Buffers such as rotary frequencies are computed anew by every reader.
+    state = {name: t for name, t in load_file(folder / WEIGHTS).items() if not name.endswith("inv_freq")}
+    renamed, lost = {}, []
+    for name, tensor in state.items():
+        theirs = MINIGPT4.back(name)
+        if theirs is None:
+            lost.append(name)
+        elif "lora_r" in settings:
+            renamed[theirs] = tensor
+        else:  # only with LoRA does peft put its own modules around the language model
+            renamed[theirs.replace("llama_model.base_model.model.", "llama_model.")] = tensor
+    if lost:
+        raise CheckpointError(f"{folder} cannot be written as MiniGPT-4, which has no {', '.join(lost[:3])}")
+    content = {
+        "model": renamed,
+        "optimizer": None,
+        "config": {"model": settings, "run": {"steps": manifest.step, "stage": manifest.stage}},
+        "scaler": None,
+        "epoch": 0,
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(target, buffer.getvalue())
+    return list(renamed)
+
+
+def _original_settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Section ``model`` in the original's words; refuses parts that it does not have."""
+    encoder, connector, language = (config[part] for part in ("vision_encoder", "connector", "language_model"))
+    if encoder["name"] != "eva_clip_g" or connector["name"] not in ("qformer", "patch_merge"):
+        raise CheckpointError(
+            f"{folder} is no MiniGPT-4: it has {encoder['name']} and {connector['name']}, "
+            "which has eva_clip_g and either qformer or patch_merge"
+        )
+    with_qformer, lora = connector["name"] == "qformer", language.get("lora")
+    kind = "pretrain_vicuna0" if with_qformer else "pretrain_llama2"
+    settings = {
+        "arch": "minigpt_v2" if lora else "minigpt4",
+        "model_type": "pretrain" if lora else kind,
+        "image_size": encoder["image_size"],
+        "has_qformer": with_qformer,
+    }
+    if with_qformer:
+        settings["num_query_token"] = connector["num_query_tokens"]
+    if lora:
+        settings |= {"lora_r": lora["r"], "lora_alpha": lora["alpha"], "lora_target_modules": lora["target_modules"]}
+    return settings

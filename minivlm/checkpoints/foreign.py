@@ -1,0 +1,188 @@
+"""Foreign formats as tables: what their tensors are called here, which of them count, and what sizes they tell.
+
+In a pattern ``#`` stands for a number and ``*`` for one or more characters of any kind. A format is a table
+(see :mod:`minivlm.checkpoints.minigpt4`); everything that is done with one is done here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from minivlm.checkpoints.files import WeightFile
+from minivlm.checkpoints.report import CheckpointError, LoadReport
+from minivlm.models.vlm import VisionLanguageModel
+
+Row = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One name, or a family of names, of a file: what it is called in our model.
+
+    Without ``ours`` it is ignored, and ``why`` is the reason. With both, ``why`` is the reason for leaving out
+    what is numbered higher than anything in the model.
+    """
+
+    theirs: str
+    ours: str | None = None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that names and shapes tell: dimension ``dim`` of the first tensor that fits ``name``.
+
+    ``dim`` None counts the numbers that ``#`` takes. ``key`` is the setting that must agree with it;
+    ``at_least`` lets a file hold more than the model wants.
+    """
+
+    what: str
+    key: str
+    name: str
+    dim: int | None
+    at_least: bool = False
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of file. ``key`` is the setting that takes it, ``base`` says that its weights are a fixed base.
+
+    A file is of this format if some name fits each pattern of ``signature``. ``always`` and ``together`` are
+    patterns of our names: the model's tensors of the first must all be in the file, those of each of the second
+    all or none. ``initial`` names what keeps its initial value, ones and zeros, when the file does not hold it.
+    ``explain`` tells in words what a comparison of shapes would not, or None; ``describe`` adds to what
+    ``sizes`` tell about a file.
+    """
+
+    name: str
+    key: str
+    signature: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    always: tuple[str, ...]
+    together: tuple[str, ...] = ()
+    initial: tuple[str, ...] = ()
+    sizes: tuple[Size, ...] = ()
+    base: bool = False
+    explain: Callable[[WeightFile, VisionLanguageModel], str | None] = lambda file, model: None
+    describe: Callable[[WeightFile], list[Row]] = lambda file: []
+
+    @property
+    def part(self) -> str:
+        """The part whose ``weights:`` takes such a file; empty for one of a whole model."""
+        return self.key.split(".")[1] if self.key.endswith(".weights") else ""
+
+    def recognises(self, names: Iterable[str]) -> bool:
+        """Whether a file with these names is of this format."""
+        listed = list(names)
+        return all(any(matches(pattern, name) for name in listed) for pattern in self.signature)
+
+    def back(self, name: str) -> str | None:
+        """What the file calls a tensor of our model, None if it has no place for it."""
+        for rule in self.rules:
+            found = rule.ours and _compiled(rule.ours).fullmatch(name)
+            if found:
+                return _fill(rule.theirs, found.groups())
+        return None
+
+
+@dataclass
+class Translation:
+    """The tensors of a file by our names, their own names, and what was left out for which reason."""
+
+    tensors: dict[str, Tensor]
+    theirs: dict[str, str]
+    ignored: dict[str, list[str]]
+
+
+def prefixed(prefix: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The rules for a module that other files hold below a prefix."""
+    return tuple(Rule(prefix + rule.theirs, rule.ours, rule.why) for rule in rules)
+
+
+def translate(form: Format, tensors: Mapping[str, Tensor], own: Iterable[str] | None = None) -> Translation:
+    """Give the tensors of a file our names.
+
+    With ``own``, the names of a model, what is numbered beyond it is left out where the rules allow it. A name
+    that no rule knows stays as it is.
+    """
+    done = Translation({}, {}, {})
+    modules = None if own is None else {m for name in own for m in _numbered(name)}
+    for name, tensor in tensors.items():
+        rule, ours = _apply(form, name)
+        surplus = modules is not None and rule and rule.why and ours and not modules.issuperset(_numbered(ours))
+        if rule and (ours is None or surplus):
+            done.ignored.setdefault(rule.why, []).append(name)
+        else:
+            ours = ours or name
+            done.tensors[ours], done.theirs[ours] = tensor, name
+    return done
+
+
+def load_foreign(model: VisionLanguageModel, file: WeightFile, form: Format, key: str) -> LoadReport:
+    """Fill what a file of a foreign format holds into a model.
+
+    Raises :class:`CheckpointError` with the reason and a report when it does not fit; then nothing was changed.
+    """
+    own = model.state_dict()
+    given = translate(form, file.tensors, own)
+    needed = [*form.always, *(p for p in form.together if any(matches(p, name) for name in given.tensors))]
+    wanted = {n: t for n, t in own.items() if n in given.tensors or any(matches(p, n) for p in needed)}
+    report = LoadReport.compare(wanted, given.tensors, model.fits)
+    report.unexpected = [given.theirs[name] for name in report.unexpected]
+    report.ignored, report.where, report.what = given.ignored, f"{key} {file.path}", form.name
+    reason = form.explain(file, model) or _another_size(form, given.tensors, own)
+    if reason or not report.fits:
+        text = reason or "it belongs to another model"
+        raise CheckpointError(f"{key}: {file.path} ({form.name}) does not fit: {text}\n{report}")
+    model.load_state_dict(given.tensors, strict=False)
+    return report
+
+
+def measure(size: Size, tensors: Mapping[str, Any]) -> int | None:
+    """A size of tensors with our names; None if they do not tell it."""
+    found = [(match, name) for name in tensors if (match := _compiled(size.name).fullmatch(name))]
+    if not found:
+        return None
+    return len({match[1] for match, _ in found}) if size.dim is None else int(tensors[found[0][1]].shape[size.dim])
+
+
+def _another_size(form: Format, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    for size in form.sizes:
+        there, here = measure(size, given), measure(size, own)
+        if there is not None and here is not None and there != here and not (size.at_least and there > here):
+            return f"{size.what}: {there} in the file, {here} in the model ({size.key})"
+    return None
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a name fits a pattern with ``#`` and ``*``."""
+    return _compiled(pattern).fullmatch(name) is not None
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\#", r"(\d+)").replace(r"\*", r"(.+)"))
+
+
+def _apply(form: Format, name: str) -> tuple[Rule | None, str | None]:
+    for rule in form.rules:
+        found = _compiled(rule.theirs).fullmatch(name)
+        if found:
+            return rule, None if rule.ours is None else _fill(rule.ours, found.groups())
+    return None, None
+
+
+def _fill(pattern: str, values: Iterable[str]) -> str:
+    rest = iter(values)
+    return re.sub(r"[#*]", lambda _: next(rest), pattern)
+
+
+def _numbered(name: str) -> set[str]:
+    """The modules on the way to a name that end with a number, such as ``vit.blocks.3``."""
+    return {name[: found.end()] for found in re.finditer(r"\.\d+(?=\.)", name)}

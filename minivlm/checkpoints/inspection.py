@@ -1,0 +1,177 @@
+"""What a file of weights or a folder holds, and which key takes it. Nothing in it is executed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from minivlm.checkpoints.files import WeightFile, read_weights
+from minivlm.checkpoints.foreign import Row, measure, translate
+from minivlm.checkpoints.loading import identify, what_else
+from minivlm.checkpoints.native import WEIGHTS, CheckpointError, find_model_folder, read_manifest
+
+_KEY = "inspect"
+_SETTINGS: tuple[str, ...] = (
+    *("arch", "model_type", "image_size", "num_query_token", "has_qformer", "freeze_vit", "freeze_qformer"),
+    *("llama_model", "lora_r", "lora_alpha", "prompt_template", "end_sym", "max_txt_len", "low_resource"),
+)
+_RUN_SETTINGS = ("task", "init_lr", "min_lr", "max_epoch", "iters_per_epoch", "warmup_steps")
+_VOCABULARIES = {
+    32000: "LLaMA, Vicuna v1.1 or v1.5, Llama-2",
+    32001: "Vicuna v0, to which published MiniGPT-4 files with a Q-Former belong",
+}
+_VISION = ("clip", "siglip", "dinov2", "vit", "eva", "convnext", "swin", "beit", "deit")
+
+
+def inspect_path(path: str) -> list[Row]:
+    """Rows ``(label, text)`` about a file or folder.
+
+    Raises :class:`CheckpointError` for what does not exist, cannot be read, or is neither.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return _file(path)
+    if (folder / "config.json").is_file():
+        return _hugging_face(folder)
+    if (folder / "adapter_config.json").is_file():
+        adapter = _json(folder / "adapter_config.json")
+        rank, targets = adapter.get("r"), adapter.get("target_modules")
+        rows = [("holds", "LoRA adapters of peft, which are not read on their own"), ("rank", str(rank))]
+        return [*rows, ("on", ", ".join(targets or [])), ("base", str(adapter.get("base_model_name_or_path")))]
+    return _model_folder(find_model_folder(folder))
+
+
+def render(path: str, rows: Iterable[Row]) -> str:
+    """The rows as text, under the path."""
+    return "\n".join([path, *(f"  {label:<28} {text}" for label, text in rows)])
+
+
+def _file(path: str) -> list[Row]:
+    file = read_weights(_KEY, path, shapes_only=True)
+    form = identify(file.tensors)
+    kind = "safetensors" if not file.extra and file.local.suffix == ".safetensors" else "torch"
+    beside = f", beside: {', '.join(map(str, file.extra))}" if file.extra else ""
+    rows = [("format", f"{kind}, {_bytes(file.local.stat().st_size)}{beside}")]
+    if form is None:
+        rows += [("holds", what_else(file.tensors)), ("names begin with", _beginnings(file.tensors))]
+        rows.append(("good for", "model.<part>.weights, if it holds every tensor of that part by its own name"))
+        return rows + _contents(file)
+    rows += [("holds", f"{form.name}, {'a base' if form.base else 'a checkpoint: what was trained'}")]
+    rows += [("good for", form.key), *form.describe(file)]
+    given = translate(form, file.tensors)
+    rows += [(s.what, f"{n} ({s.key})") for s in form.sizes if (n := measure(s, given.tensors)) is not None]
+    rows += _contents(file)
+    rows += [("ignored", f"{len(names)} {reason}") for reason, names in given.ignored.items()]
+    return rows + _training(file)
+
+
+def _contents(file: WeightFile) -> list[Row]:
+    numbers = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in file.tensors.values())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in numbers.most_common())
+    total = sum(tensor.numel() for tensor in file.tensors.values())
+    return [("tensors", f"{len(file.tensors)} ({kinds}), {total:,} numbers")]
+
+
+def _training(file: WeightFile) -> list[Row]:
+    """Where the training stood, and what the configuration beside the weights says."""
+    rows = [(key, str(file.extra[key])) for key in ("epoch", "iters") if isinstance(file.extra.get(key), int)]
+    config = file.extra.get("config")
+    for section, wanted in (("model", _SETTINGS), ("run", _RUN_SETTINGS)):
+        node = config.get(section) if isinstance(config, dict) else None
+        if isinstance(node, dict):
+            found = [f"{key} {node[key]}" for key in wanted if node.get(key) not in (None, "")]
+            rows += [(f"its config, {section}", ", ".join(found))] if found else []
+    return rows
+
+
+def _model_folder(folder: Path) -> list[Row]:
+    from omegaconf import OmegaConf
+
+    manifest = read_manifest(folder)
+    rows = [("format", f"model folder of minivlm {manifest.minivlm}: {folder}"), ("good for", "model.checkpoint")]
+    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    assert isinstance(config, dict)
+    for part, source in manifest.sources.items():
+        name = (config.get(part) or {}).get("name")
+        whole = "all of it is here" if part in manifest.complete else ""
+        base = f"base {source.get('path', '')} {source.get('also', '')}".rstrip() if source else ""
+        rows.append((part, f"{name}: {whole or base or 'partly here'}"))
+    template = config.get("template")
+    rows.append(("template", str(template.get("name") if isinstance(template, dict) else template)))
+    rows.append(("trained", f"{len(manifest.trained)} tensors, {manifest.step} steps {manifest.stage}".rstrip()))
+    rows += [("metrics", ", ".join(f"{k} {v:.4g}" for k, v in manifest.metrics.items()))] if manifest.metrics else []
+    rows += [("needs", ", ".join(manifest.imports))] if manifest.imports else []
+    return rows + _contents(read_weights(_KEY, str(folder / WEIGHTS), shapes_only=True))
+
+
+def _hugging_face(folder: Path) -> list[Row]:
+    config = _json(folder / "config.json")
+    kind = str(config.get("model_type"))
+    text = {**config, **(config.get("text_config") or {})}
+    is_vision = kind.startswith(_VISION)
+    names = ", ".join(config.get("architectures") or ["no architecture"])
+    rows = [("format", "folder of Hugging Face"), ("holds", f"model_type {kind}, {names}")]
+    part = "vision_encoder" if is_vision else "language_model"
+    rows.append(("good for", f"model.{part}.path (name: hf)"))
+    labels = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "image_size",
+        "patch_size",
+    )
+    source = {**config, **(config.get("vision_config") or {})} if is_vision else text
+    rows += [(label, str(source[label])) for label in labels if source.get(label) is not None]
+    if config.get("quantization_config"):
+        rows.append(("quantisation", str(config["quantization_config"].get("quant_method"))))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    tensors: dict[str, Any] = {}
+    for file in files:
+        tensors |= read_weights(_KEY, str(file), shapes_only=True).tensors
+    if tensors:
+        rows.append(("files", f"{len(files)}, {_bytes(sum(file.stat().st_size for file in files))}"))
+        rows += _contents(WeightFile(str(folder), folder, tensors))
+    else:
+        rows.append(("files", "no weights (*.safetensors or pytorch_model*.bin)"))
+    return rows if is_vision else rows + _vocabulary(folder, text, tensors)
+
+
+def _vocabulary(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[Row]:
+    embeddings = [t for name, t in tensors.items() if name.endswith(("embed_tokens.weight", "wte.weight"))]
+    rows = embeddings[0].shape[0] if embeddings else config.get("vocab_size")
+    found = _VOCABULARIES.get(rows or 0)
+    given: list[Row] = [("embeddings", f"{rows}" + (f": {found}" if found else ""))] if rows else []
+    if embeddings and config.get("vocab_size") not in (None, rows):
+        given.append(("vocab_size", f"{config['vocab_size']} in config.json, but {rows} embeddings"))
+    kinds = [name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).is_file()]
+    settings = folder / "tokenizer_config.json"
+    name = _json(settings).get("tokenizer_class", "") if settings.is_file() else ""
+    return [*given, ("tokenizer", f"{name} ({', '.join(kinds)})".strip() if kinds else "none in this folder")]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{_KEY}: {file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{_KEY}: {file} holds no mapping")
+    return content
+
+
+def _beginnings(names: Iterable[str]) -> str:
+    counts = Counter(name.split(".")[0] for name in names)
+    listed = ", ".join(f"{name} ({count})" for name, count in counts.most_common(6))
+    return listed + (", ..." if len(counts) > 6 else "")
+
+
+def _bytes(size: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.1f} {unit}" if unit != "B" else f"{size} B"
+        size /= 1024  # type: ignore[assignment]
+    return f"{size:.2f} GiB"

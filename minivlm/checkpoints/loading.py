@@ -1,0 +1,157 @@
+"""Filling a model: the files under ``weights:``, then the checkpoint, each with a report.
+
+A foreign format is known by its key map in ``FORMATS``; everything else about it is in its own module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from minivlm.checkpoints import minigpt4, native
+from minivlm.checkpoints.files import WeightFile, check_path, local_path, read_weights
+from minivlm.checkpoints.foreign import Format, load_foreign, matches
+from minivlm.checkpoints.report import CheckpointError, LoadReport
+from minivlm.config.experiment import ModelConfig
+from minivlm.models.hub import source_of
+from minivlm.models.vlm import PARTS, VisionLanguageModel
+from minivlm.paths import is_url, is_weight_file
+
+FORMATS: tuple[Format, ...] = (*minigpt4.FORMATS,)
+"""Formats of other projects, the more telling ones first; a further one is one more key map."""
+
+OTHERS = (
+    ("the adapters of peft, which are not read on their own", "base_model.model.*lora_A.*"),
+    ("a projection of LLaVA", "*mm_projector.*"),
+    ("a model of LLaVA", "*vision_tower.*"),
+    ("CLIP or SigLIP of transformers: give its folder as model.vision_encoder.path", "vision_model.*"),
+    ("CLIP in the names of OpenAI", "visual.*"),
+    ("BERT", "*bert.encoder.layer.#.*"),
+    ("a language model: give its folder as model.language_model.path", "model.layers.#.*"),
+    ("a language model below a prefix", "*.layers.#.self_attn.*"),
+    ("a language model: give its folder as model.language_model.path", "transformer.h.#.*"),
+    ("a vision transformer", "blocks.#.*"),
+)
+"""What else a file can be, by one of its names."""
+
+
+def identify(names: Iterable[str]) -> Format | None:
+    """The foreign format that has tensors of these names."""
+    listed = list(names)
+    return next((form for form in FORMATS if form.recognises(listed)), None)
+
+
+def what_else(names: Iterable[str]) -> str:
+    """What a file of no known format seems to hold."""
+    listed = list(names)
+    for what, pattern in OTHERS:
+        if any(matches(pattern, name) for name in listed):
+            return what
+    return f"tensors such as {', '.join(listed[:3])}"
+
+
+def check_files(config: ModelConfig) -> None:
+    """Refuse placeholders and files that do not exist, before anything large is loaded or fetched."""
+    for part in PARTS:
+        node = getattr(config, part)
+        key = f"model.{part}"
+        for setting in ("path", "tokenizer"):
+            check_path(f"{key}.{setting}", getattr(node.config, setting, None))
+        if node.weights:
+            _check_file(f"{key}.weights", node.weights)
+    if config.checkpoint and is_weight_file(config.checkpoint):
+        _check_file("model.checkpoint", config.checkpoint)
+
+
+def _check_file(key: str, path: str) -> None:
+    if not is_url(path):  # a URL is fetched when it is read
+        local_path(key, path)
+
+
+def load_parts(model: VisionLanguageModel, config: ModelConfig) -> None:
+    """Fill the parts that name a file under ``weights:``."""
+    for part in PARTS:
+        path = getattr(config, part).weights
+        if path:
+            model.load_reports.append(load_part(model, part, path))
+
+
+def load_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:
+    """Fill one part from a file with its own names, or from a published base, all of it or nothing.
+
+    A published base becomes the ``source`` of what it fills, so that a checkpoint need not hold it again; other
+    files leave no source. Raises :class:`CheckpointError` when the file does not belong there.
+    """
+    key = f"model.{part}.weights"
+    file = read_weights(key, path)
+    module = getattr(model, part)
+    report = LoadReport.compare(module.state_dict(), file.tensors, module.fits)
+    form = None if report.fits else identify(file.tensors)
+    if form and form.part == part:
+        report = load_foreign(model, file, form, key)
+        if form.base:
+            _note_sources(model, form, file, report.matched)
+        return report
+    if form:
+        raise CheckpointError(f"{key}: {path} holds {form.name}; give it as {form.key}")
+    if not report.fits:
+        text = f"{key}: {path} does not belong to this part"
+        raise CheckpointError(f"{text}; it holds {what_else(file.tensors)}\n{report}")
+    module.load_state_dict(file.tensors)
+    module.source, module.unsourced = None, frozenset()  # no base would give these weights again
+    report.where, report.what = f"{key} {path}", "weights of this part"
+    return report
+
+
+def _note_sources(model: VisionLanguageModel, form: Format, file: WeightFile, loaded: list[str]) -> None:
+    """Let every part that a base has filled know its source; the Q-Former's file fills ln_vision, too."""
+    found = {**source_of(str(file.local), None), "path": file.path}
+    for part in {name.split(".")[0] for name in loaded}:
+        module = getattr(model, part)
+        prefix = f"{part}."
+        names = {name for name in module.state_dict() if not any(matches(p, prefix + name) for p in form.initial)}
+        left = names - {name.removeprefix(prefix) for name in loaded}
+        if module.source is not None and part != form.part:  # a second file for the part
+            both = hashlib.sha256((module.source.get("sha256", "") + found["sha256"]).encode()).hexdigest()
+            module.source = {**module.source, "also": file.path, "sha256": both}
+            module.unsourced &= left
+        elif part == form.part or not left:
+            module.source, module.unsourced = found, frozenset(left)
+
+
+def load_checkpoint(model: VisionLanguageModel, config: ModelConfig, start: Path | None) -> None:
+    """Fill a model from ``model.checkpoint``: the model folder ``start``, or without one a foreign file.
+
+    What the checkpoint has trained is added to ``model.trained_before``. Raises :class:`CheckpointError`.
+    """
+    assert config.checkpoint
+    key = "model.checkpoint"
+    if start is not None:
+        report = native.load_weights(model, start)
+        report.where, report.what = f"{key} {start}", "minivlm"
+        model.trained_before = native.read_manifest(start).trained
+    else:
+        file = read_weights(key, config.checkpoint)
+        form = identify(file.tensors)
+        if form is None:
+            raise CheckpointError(f"{key}: {config.checkpoint} is no checkpoint; it holds {what_else(file.tensors)}")
+        if form.part:
+            raise CheckpointError(f"{key}: {config.checkpoint} holds {form.name}; give it as {form.key}")
+        report = load_foreign(model, file, form, key)
+        report.still_random = _still_random(model, config, set(report.matched))
+        parameters = {name for name, _ in model.named_parameters()}
+        model.trained_before = [name for name in report.matched if name in parameters]
+    model.load_reports.append(report)
+
+
+def _still_random(model: VisionLanguageModel, config: ModelConfig, loaded: set[str]) -> list[str]:
+    def is_random(part: str) -> bool:
+        module: Any = getattr(model, part)
+        given = {name for name in module.state_dict() if f"{part}.{name}" in loaded}
+        if getattr(config, part).weights and module.source is None:
+            return False  # a plain file has filled it
+        return not given.issuperset(module.state_dict() if module.source is None else module.unsourced)
+
+    return [part for part in PARTS if is_random(part)]

@@ -1,0 +1,63 @@
+"""``minivlm convert``: checkpoints of other projects as model folders, and back."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str]) -> int:
+    """Convert one checkpoint; errors are those of loading and saving."""
+    parser = argparse.ArgumentParser(
+        prog="minivlm convert",
+        description="Write a .pth file of MiniGPT-4 as a model folder (with --cfg-path, which says what the model "
+        "consists of), or a model folder as such a file (with --to minigpt4).",
+    )
+    parser.add_argument("source", help="a .pth or .safetensors file, or a folder that minivlm wrote")
+    parser.add_argument("target", help="what to write; must not exist")
+    parser.add_argument("--to", choices=("minivlm", "minigpt4"), default="minivlm", help="format of the target")
+    parser.add_argument("--cfg-path", help="experiment file with the model that a .pth file belongs to")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of that file")
+    arguments = parser.parse_args(argv)
+    source, target = arguments.source, Path(arguments.target)
+    if target.exists():
+        parser.error(f"{target} exists; name another target, or remove it first")
+    if arguments.to == "minigpt4":
+        if arguments.cfg_path or arguments.options:
+            parser.error("--to minigpt4 reads a model folder, which describes itself: leave out --cfg-path")
+        to_minigpt4(source, target)
+    else:
+        to_folder(source, target, arguments.cfg_path, arguments.options)
+    return 0
+
+
+def to_minigpt4(source: str, target: Path) -> None:
+    """A model folder as a ``.pth`` file of MiniGPT-4."""
+    from minivlm.checkpoints.export import export_minigpt4
+    from minivlm.checkpoints.native import find_model_folder
+
+    names = export_minigpt4(find_model_folder(source), target)
+    print(f"{target}: {len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+
+
+def to_folder(source: str, target: Path, cfg_path: str | None, options: Sequence[str]) -> None:
+    """A checkpoint as a model folder; a file needs the experiment file that names its parts.
+
+    Raises ConfigError, ModelError or CheckpointError.
+    """
+    from minivlm.api import assemble
+    from minivlm.checkpoints.native import CheckpointError, Manifest, save_model
+    from minivlm.config import ModelConfig, load_config
+    from minivlm.paths import is_weight_file
+
+    if cfg_path:
+        config = load_config(cfg_path, options).stages[-1].model
+        config.checkpoint = source
+    elif is_weight_file(source):
+        raise CheckpointError(f"{source} does not say which model it belongs to: name its YAML file with --cfg-path")
+    else:
+        config = ModelConfig(checkpoint=source)
+    model, processor, config = assemble(config)
+    save_model(target, model, config, processor, Manifest(trained=model.trained_before))
+    print(f"{target}: a model folder; talk to it: minivlm chat {target}")

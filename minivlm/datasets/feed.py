@@ -1,0 +1,243 @@
+"""What a process trains on: batches from any place on, and what a checkpoint must keep to find it again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from minivlm.config.experiment import RunConfig
+from minivlm.datasets.base import DatasetError
+from minivlm.datasets.sampling import BatchPlan
+from minivlm.datasets.streams import Cursor, Lane, SampleStream, ShuffledStream
+from minivlm.datasets.training_set import MAX_REPLACEMENTS, Source, TrainingSet, make_loader, quiet_worker
+from minivlm.processors.processor import VLMProcessor
+from minivlm.types import Batch, Encoded, SampleError
+
+STREAM_EPOCH = 10_000
+"""Optimiser steps of an epoch of a stream, as in MiniGPT-4."""
+
+
+class Feed:
+    """The micro batches of one process, numbered through from the start of the training.
+
+    ``size`` counts the samples of a pass (None: there is a stream). ``signature`` tells apart what changes the
+    content of batches: a checkpoint of another one cannot be continued.
+    """
+
+    size: int | None
+    signature: str
+    steps_per_epoch: int
+
+    def batches(self, start: int, stop: int) -> Generator[Batch]:
+        """Batches ``start`` to ``stop``; with ``start`` > 0 the state of that place must have been restored.
+
+        Close the generator: its loading processes end with it, and would keep the program from ending.
+        """
+        raise NotImplementedError
+
+    def state(self) -> Any:
+        """What this process must know, beside their number, to go on behind the batches given so far."""
+        return None
+
+    def restore(self, state: Any) -> None:
+        """Take over a :meth:`state`."""
+
+    def describe(self) -> str:
+        """Size and batches in a few words."""
+        raise NotImplementedError
+
+
+def make_feed(
+    sources: Sequence[Source],
+    processor: VLMProcessor,
+    run: RunConfig,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    pin: bool = False,
+) -> Feed:
+    """The feed of process ``rank`` of ``world``; raises :class:`DatasetError` for data too small for a batch."""
+    streamed = run.mix == "batch" or any(isinstance(source.samples, SampleStream) for source in sources)
+    return (StreamedFeed if streamed else PlannedFeed)(sources, processor, run, rank, world, pin)
+
+
+class PlannedFeed(Feed):
+    """Datasets with a length: every batch is looked up in a plan, so its number is all the state there is."""
+
+    def __init__(
+        self, sources: Sequence[Source], processor: VLMProcessor, run: RunConfig, rank: int, world: int, pin: bool
+    ):
+        self.run, self.rank, self.world, self.pin = run, rank, world, pin
+        self.data = TrainingSet([source.sized for source in sources], processor, run.seed, run.on_bad_sample)
+        self.size = len(self.data)
+        sizes = [len(source.sized) for source in sources]
+        self.plan = BatchPlan(sizes, run.batch_size_train * world, run.seed, sample_ratios(sources))
+        self.steps_per_epoch = run.iters_per_epoch or max(self.plan.batches_per_pass // run.accum_grad_iters, 1)
+        self.signature = f"{sizes} {self.plan.batch_size} {run.seed} {self.plan.ratios} {run.group_by_length}"
+
+    def batches(self, start: int, stop: int) -> Generator[Batch]:
+        """Batches of the plan."""
+        if self.run.group_by_length and self.plan.lengths is None:
+            self.plan.lengths = self.data.lengths()
+        yield from make_loader(
+            self.data,
+            self.plan,
+            start=start,
+            stop=stop,
+            rank=self.rank,
+            world=self.world,
+            workers=self.run.num_workers,
+            pin=self.pin,
+        )
+
+    def describe(self) -> str:
+        """Size and batches in a few words."""
+        run = self.run
+        return (
+            f"{self.size:,} samples; global batch {run.batch_size_train} per process x {run.accum_grad_iters} "
+            f"accumulation x {self.world} processes = {self.plan.batch_size * run.accum_grad_iters}"
+        )
+
+
+class StreamedFeed(Feed):
+    """Streams, and datasets with a length as streams: each batch comes from one, drawn on every process by itself.
+
+    Batch ``n`` of a process is read in lane ``n % workers``; the cursors of a lane travel with its batches.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], processor: VLMProcessor, run: RunConfig, rank: int, world: int, pin: bool
+    ):
+        self.sources, self.processor, self.run = sources, processor, run
+        self.rank, self.world, self.pin = rank, world, pin
+        self.workers = max(run.num_workers, 1)
+        self.ratios = sample_ratios(sources) or [1.0] * len(sources)
+        self.batch_sizes = [source.batch_size or run.batch_size_train for source in sources]
+        self.streams = [
+            source.samples if isinstance(source.samples, SampleStream) else ShuffledStream(source.samples, source.key)
+            for source in sources
+        ]
+        for stream in self.streams:
+            stream.check_lanes(world * self.workers)
+        self.cursors: list[list[Cursor | None]] = [[None] * len(sources) for _ in range(self.workers)]
+        lengths = [0 if isinstance(source.samples, SampleStream) else len(source.samples) for source in sources]
+        self.size = sum(lengths) if all(lengths) else None
+        a_pass = sum(self._batches_of(*each) for each in zip(sources, lengths, self.batch_sizes, strict=True))
+        default = max(a_pass // run.accum_grad_iters, 1) if self.size else STREAM_EPOCH
+        self.steps_per_epoch = run.iters_per_epoch or default
+        mixed = zip(sources, self.streams, self.ratios, self.batch_sizes, strict=True)
+        listed = [f"{s.key}: {stream.signature}, ratio {ratio}, batch {size}" for s, stream, ratio, size in mixed]
+        self.signature = f"{'; '.join(listed)}; {self.workers} workers; seed {run.seed}"
+
+    def _batches_of(self, source: Source, length: int, batch_size: int) -> int:
+        """Batches that a dataset holds for each process (a stream: 0)."""
+        found = length // (batch_size * self.world)
+        if length and not found:
+            raise DatasetError(
+                f"datasets.{source.key}: {length} samples do not fill one batch of {batch_size} x {self.world} "
+                f"processes; lower datasets.{source.key}.batch_size (or run.batch_size_train), or add data"
+            )
+        return found
+
+    def batches(self, start: int, stop: int) -> Generator[Batch]:
+        """Batches from the cursors on, which are moved behind each that is given."""
+        workers = self.run.num_workers
+        loader: DataLoader[Any] = DataLoader(
+            _MixedBatches(self, start, stop),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            pin_memory=self.pin,
+            prefetch_factor=4 if workers else None,
+            worker_init_fn=quiet_worker if workers else None,
+            generator=torch.Generator().manual_seed(self.run.seed),  # its own, so that dropout resumes exactly
+        )
+        for item in loader:
+            if isinstance(item, ValueError):
+                raise item
+            batch, lane, number, cursor = item
+            self.cursors[lane][number] = cursor
+            yield batch
+
+    def state(self) -> list[list[Cursor | None]]:
+        """The cursors by lane and dataset."""
+        return [list(lane) for lane in self.cursors]
+
+    def restore(self, state: list[list[Cursor | None]]) -> None:
+        """Take over cursors."""
+        self.cursors = state
+
+    def describe(self) -> str:
+        """Size and batches in a few words."""
+        mixed = zip(self.sources, self.batch_sizes, self.ratios, strict=True)
+        listed = ", ".join(f"{source.key} {size} per process (ratio {ratio:g})" for source, size, ratio in mixed)
+        size = f"{self.size:,} samples" if self.size else "a stream"
+        return (
+            f"{size}; every batch from one dataset: {listed}; "
+            f"x {self.run.accum_grad_iters} accumulation x {self.world} processes"
+        )
+
+
+class _MixedBatches(IterableDataset[Any]):
+    """``(batch, lane, number of the dataset, cursor behind it)``, each loading process every n-th of them.
+
+    An error is given as a value: raised in a loading process it would lose its type.
+    """
+
+    def __init__(self, feed: StreamedFeed, start: int, stop: int):
+        self.streams, self.ratios, self.batch_sizes = feed.streams, feed.ratios, feed.batch_sizes
+        self.keys = [source.key for source in feed.sources]
+        self.processor, self.seed, self.skips_bad = feed.processor, feed.run.seed, feed.run.on_bad_sample == "skip"
+        self.rank, self.world, self.workers = feed.rank, feed.world, feed.workers
+        self.start, self.stop, self.cursors = start, stop, feed.cursors
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        first = self.start + (info.id if info else 0)
+        try:
+            yield from self._batches(first, first % self.workers)
+        except (DatasetError, SampleError) as error:
+            yield error
+
+    def _batches(self, first: int, number: int) -> Iterator[tuple[Batch, int, int, Cursor]]:
+        lane = Lane(self.rank * self.workers + number, self.world * self.workers, self.seed)
+        samples = [self._encoded(k, lane, cursor) for k, cursor in enumerate(self.cursors[number])]
+        for batch in range(first, self.stop, self.workers):
+            rng = random.Random(f"{self.seed}/{self.rank}/{batch}")
+            (k,) = rng.choices(range(len(samples)), self.ratios)
+            drawn = [next(samples[k]) for _ in range(self.batch_sizes[k])]
+            yield self.processor.collate([encoded for encoded, _ in drawn]), number, k, drawn[-1][1]
+
+    def _encoded(self, k: int, lane: Lane, cursor: Cursor | None) -> Iterator[tuple[Encoded, Cursor]]:
+        """The good samples of a lane of a stream; those skipped before each are told with it."""
+        skipped: list[SampleError] = []
+        for sample, visit, after in self.streams[k].draws(lane, cursor):
+            try:
+                if isinstance(sample, SampleError):
+                    raise sample
+                encoded = self.processor.encode(sample, seed=hash((self.seed, visit)))
+            except SampleError as error:
+                if not self.skips_bad:
+                    raise
+                skipped.append(error)
+                if len(skipped) == MAX_REPLACEMENTS:
+                    raise DatasetError(
+                        f"datasets.{self.keys[k]}: {len(skipped)} bad samples in a row, the last: {error}"
+                    ) from error
+                continue
+            encoded.skipped, skipped = skipped, []
+            yield encoded, after
+
+
+def sample_ratios(sources: Sequence[Source]) -> list[float] | None:
+    """Sample ratios of the datasets, if any states one; those without count by 1."""
+    given = [source.ratio for source in sources]
+    return [ratio or 1.0 for ratio in given] if any(given) else None
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
