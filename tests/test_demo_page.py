@@ -9,12 +9,13 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from helpers import tiny_model, write_yaml
+from golden_minigpt4 import GOLDEN, golden_minigpt4
+from helpers import ROOT, tiny_model, write_yaml
 from PIL import Image
 from stub_demo import ANSWERS, StubChat
-from tiny_minigpt4 import tiny_minigpt4
 
 from minivlm.config import ConfigError, load_config
+from minivlm.processors.tokenizer import load_tokenizer
 from minivlm.serve import web
 from minivlm.serve.boxes import COLOURS, coloured, draw_boxes, preview
 from minivlm.serve.chat import Chat
@@ -172,7 +173,7 @@ def test_one_page_with_options(tmp_path: Path) -> None:
 def test_settings_of_both_eras_reach_the_chat(tmp_path: Path) -> None:
     head = {"temperature": 1.0, "max_new_tokens": 300, "repetition_penalty": 1.05, "min_new_tokens": 1, "top_p": 0.9}
     for demo in (head, {**head, "repetition_penalty": 1.0, "num_beams": 5, "length_penalty": -1, "top_p": 0.5}):
-        file = write_yaml(tmp_path / "x.yaml", {"model": tiny_minigpt4(), "demo": demo})
+        file = write_yaml(tmp_path / "x.yaml", {"model": golden_minigpt4(), "demo": demo})
         stage = load_config(file).stages[-1]
         where = argparse.Namespace(gpu_id=None, device="cpu")
         chat = partial(Chat, *load_model(stage, where))(**decoding(stage.demo))
@@ -183,3 +184,32 @@ def test_a_temperature_outside_of_its_slider_is_refused(tmp_path: Path) -> None:
     text = {"model": tiny_model(), "demo": {"temperature": 1.0, "max_temperature": 0.5}}
     with pytest.raises(ConfigError, match=r"temperature 1 is above max_temperature 0\.5"):
         load_config(write_yaml(tmp_path / "x.yaml", text))
+
+
+@pytest.mark.parametrize("name", ["minigpt4_eval", "minigpt4_13b_eval", "minigpt4_llama2_eval", "minigptv2_eval"])
+def test_shipped_files_have_the_published_settings(name: str, tmp_path: Path) -> None:
+    options = [f"model.checkpoint={tmp_path}", f"model.language_model.path={tmp_path}"]
+    demo = load_config(ROOT / "eval_configs" / f"{name}.yaml", options).stages[-1].demo
+    v2 = name == "minigptv2_eval"
+    assert decoding(demo) == {
+        "max_new_tokens": 500 if v2 else 300,
+        "min_new_tokens": 1,
+        "temperature": 0.6 if v2 else 1.0,
+        "top_p": 0.9,
+        "num_beams": 1,
+        "repetition_penalty": 1.05,
+        "length_penalty": 1.0,
+        "max_length": 2000,
+        "on_overflow": "error",
+    }
+    assert (demo.page, demo.max_temperature) == (("grounding", 1.5) if v2 else ("chat", 2.0))
+
+
+def test_a_saved_model_reads_questions_as_before(tmp_path: Path) -> None:
+    """Behind ``<s>``, with which MiniGPT-v2's questions begin, Llama's tokenizer has two ways to split a text."""
+    tokenizer = load_tokenizer(str(GOLDEN / "llama"))
+    tokenizer.save_pretrained(tmp_path / "once")
+    load_tokenizer(str(tmp_path / "once")).save_pretrained(tmp_path / "twice")
+    text = "<s>[INST] <Img></Img> [vqa] what?"
+    for name in ("once", "twice"):
+        assert load_tokenizer(str(tmp_path / name))(text)["input_ids"] == tokenizer(text)["input_ids"]

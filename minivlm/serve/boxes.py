@@ -35,6 +35,7 @@ def draw_boxes(image: Image.Image, text: str) -> Image.Image | None:
         for box in boxes:
             left, right = sorted(_pixel(value, image.width) for value in box[::2])
             top, bottom = sorted(_pixel(value, image.height) for value in box[1::2])
+            pen.rectangle((left, top, right, bottom), outline="white", width=_LINE + 2)  # shows on its own colour, too
             pen.rectangle((left, top, right, bottom), outline=colours[label], width=_LINE)
             labels.append((label, left, top))
     for label, left, top in labels:  # last, so that no frame crosses a label

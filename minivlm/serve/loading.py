@@ -70,8 +70,8 @@ def read_stage(path: str, options: Sequence[str] = ()) -> StageConfig:
     start = stage.model.checkpoint
     if start and not (Path(start).exists() or is_weight_file(start) or is_placeholder(start)):
         raise ServeError(
-            f"there is no model in {start}; correct model.checkpoint, or train the model first: "
-            "`python train.py --cfg-path FILE` with its experiment file, or `make quickstart` for the quickstart's"
+            f"there is no model in {start}; correct model.checkpoint, or train it first: `python train.py "
+            "--cfg-path FILE` with its experiment file, or `make quickstart` for the model of the quickstart"
         )
     return stage
 
