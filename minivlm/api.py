@@ -26,7 +26,7 @@ from minivlm.processors.configs import ImageConfig, ProcessorConfig
 from minivlm.processors.processor import VLMProcessor
 from minivlm.processors.template import Template
 from minivlm.processors.tokenizer import load_tokenizer
-from minivlm.schema import Part
+from minivlm.schema import Part, forget_local
 
 DEFAULT_PROCESSOR = Part("vlm", ProcessorConfig(image=Part("image", ImageConfig())))
 
@@ -210,6 +210,7 @@ def _with_checkpoint(config: ModelConfig, folder: Path) -> ModelConfig:
             raise
         hint = f"it was made with parts of {', '.join(files)}: name them under imports: or import them first"
         raise CheckpointError(f"{error}\n{hint}") from error
+    forget_local(saved)
     # Saved picture settings belong to the saved encoder; a processor node of one's own is kept.
     says_nothing = config.processor in ({"name": "vlm"}, DEFAULT_PROCESSOR)
     if says_nothing:

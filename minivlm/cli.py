@@ -1,4 +1,4 @@
-"""The command line: ``minivlm train | eval | chat | demo | generate | check-data | inspect | convert | ...``.
+"""The command line: ``minivlm COMMAND``; ``minivlm --help`` lists the commands.
 
 Arguments are parsed and the experiment file is checked before anything heavy is imported.
 """
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "prepare-captions": (prepare_captions, "make img2dataset's download list from lists of {url, caption}"),
         "inspect": (inspect, "say what a file of weights or a folder holds, and what it is good for"),
         "convert": (convert, "write MiniGPT-4's .pth files as model folders, and back"),
+        "cache": (cache, "encode the pictures of an experiment file ahead of its training"),
         "list": (list_names, "registered names, by kind"),
         "doctor": (doctor, "versions, devices, missing extras"),
     }
@@ -232,6 +233,22 @@ def prepare_captions(argv: list[str]) -> int:
         from minivlm.datasets.caption_list import prepare_captions as prepare
 
         print(f"{arguments.output}: {prepare(arguments.inputs, arguments.output)}")
+        return 0
+
+    return guarded(work)
+
+
+def cache(argv: list[str]) -> int:
+    """``minivlm cache``: fill run.feature_cache with the pictures of all stages."""
+    description = "Encode the pictures of an experiment file ahead of its training, into run.feature_cache."
+    arguments = _parse(_experiment_parser("cache", description), argv)
+
+    def work() -> int:
+        from rich.console import Console
+
+        from minivlm.runners.build_cache import build_caches
+
+        build_caches(_load(arguments), Console())
         return 0
 
     return guarded(work)

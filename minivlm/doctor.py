@@ -86,6 +86,7 @@ def collect() -> dict[str, Any]:
         "packages": packages,
         "devices": _devices(torch_works=packages["torch"]["state"] in ("ok", "untested version")),
         "torchvision_guard": _guard(packages["torchvision"]["state"]),
+        "lavis": _lavis(),
         "extras": {extra: _extra(extra, members) for extra, members in EXTRAS.items()},
         "problems": _problems(packages),
     }
@@ -121,6 +122,7 @@ def render(found: dict[str, Any]) -> str:
     lines += _section("Core packages", rows)
     lines += _section("Devices", _device_rows(devices))
     lines += _section("torchvision", [(found["torchvision_guard"],)])
+    lines += _section("LAVIS (an environment of its own)", [(found["lavis"],)])
     rows = []
     for extra, state in found["extras"].items():
         remark = f"{', '.join(state['missing'])} missing: {state['install']}" if state["missing"] else "installed"
@@ -210,6 +212,20 @@ def _guard(torchvision_state: str) -> str:
     if torchvision_state in ("ok", "untested version"):
         return "its compiled extension loads; no workaround needed"
     return "not checked, since torchvision does not load"
+
+
+def _lavis() -> str:
+    """What the interpreter named by MINIVLM_LAVIS_PYTHON has, or the first line of what is wrong."""
+    from minivlm.lavis.client import PYTHON_VARIABLE, LavisError, connect
+    from minivlm.lavis.configs import LavisEnvironment
+
+    if not os.environ.get(PYTHON_VARIABLE):
+        return f"not set up ({PYTHON_VARIABLE} names no interpreter); see docs/lavis.md"
+    try:
+        versions = connect(LavisEnvironment()).versions
+    except LavisError as error:
+        return str(error).split("\n")[0]
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _version(name: str) -> str | None:

@@ -25,23 +25,41 @@ def setting(
     choices: Sequence[Any] | None = None,
     registered: str | None = None,
     part: str | None = None,
+    local: bool = False,
 ) -> Any:
     """A dataclass field with limits.
 
     ``ge/gt/le/lt`` bound a number, ``choices`` lists the allowed values, ``registered`` says that the
     string must be a name of that registry kind, ``part`` that the node is ``{name: ..., <settings>}``
-    of that kind and becomes a :class:`Part`. Without ``default`` or ``factory`` the value is required.
+    of that kind and becomes a :class:`Part`. ``local`` says that the value belongs to this machine: it tells
+    no model from another and is not taken from a checkpoint. Without ``default`` or ``factory`` the value is
+    required.
     """
-    metadata = {
+    metadata: dict[str, Any] = {
         key: value
         for key, value in dict(
             help=help, ge=ge, gt=gt, le=le, lt=lt, choices=choices, registered=registered, part=part
         ).items()
         if value not in (None, "")
     }
+    if local:
+        metadata["local"] = True
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=not local)
+
+
+def forget_local(config: Any) -> None:
+    """Give ``local`` settings of a dataclass, and of those in it, their defaults.
+
+    A checkpoint of somebody else must not say which program runs here.
+    """
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if item.metadata.get("local"):
+            setattr(config, item.name, item.default)
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            forget_local(value)
 
 
 @dataclass
@@ -56,8 +74,10 @@ class Part:
 class ModelPart(Part):
     """A part of the model: beside its own settings, what every model part may say of its training."""
 
-    freeze: bool | list[str] = setting(
-        False, help="true: no parameter trains; a list: parameters whose name matches a glob do not train"
+    freeze: bool | list[str] | None = setting(
+        None,
+        help="true: no parameter trains; a list: parameters whose name matches a glob do not train; "
+        "default: all that can train, do",
     )
     init_lr: float | None = setting(None, gt=0, help="peak learning rate of this part; default run.init_lr")
     weights: str | None = setting(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import make_lavis_python, tiny_model
 from PIL import Image
 
 import minivlm  # noqa: F401  (first, for the torchvision guard)
@@ -49,6 +49,12 @@ def llava_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "train.json").write_text(json.dumps(records))
     (folder / "test.json").write_text(json.dumps(records[:8]))
     return folder
+
+
+@pytest.fixture(scope="session")
+def fake_lavis(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An interpreter that has a stand-in for LAVIS (``tests/fake_lavis``)."""
+    return make_lavis_python(tmp_path_factory.mktemp("fake_lavis"))
 
 
 @pytest.fixture

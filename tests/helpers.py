@@ -157,3 +157,18 @@ def minigpt4_options(file: Path, data: Path) -> list[str]:
         return [*options, *(f"datasets.{name}.storage={data}/00000.tar" for name in ("laion", "cc_sbu"))]
     options += [f"datasets.cc_sbu_align.storage={data}", "datasets.cc_sbu_align.batch_size=2"]
     return [*options, "run.batch_size_train=2"]
+
+
+def make_lavis_python(folder: Path, versions: dict[str, str | None] | None = None) -> str:
+    """An interpreter whose packages are ``tests/fake_lavis`` and, by their metadata, those that LAVIS needs."""
+    named = {"salesforce-lavis": "1.0.2", "transformers": "4.26.1", "timm": "0.4.12", "fairscale": "0.4.4"}
+    for name, version in {**named, **(versions or {})}.items():
+        if version is not None:
+            info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    python = folder / "python"
+    path = f"{folder}:{ROOT / 'tests' / 'fake_lavis'}"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{path}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return str(python)

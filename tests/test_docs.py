@@ -125,9 +125,12 @@ def test_quickstart_reaches_its_promise_and_the_readme_commands_follow(workplace
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["supervised_loss.py", "loader.py", "startup.py"])
-def test_benchmarks_of_the_readme_run(script: str) -> None:
+@pytest.mark.parametrize(
+    "command", ["supervised_loss.py", "loader.py", "startup.py", "minigpt4_size.py", "feature_cache.py --quick"]
+)
+def test_benchmarks_of_the_readme_run(command: str) -> None:
+    script, *options = command.split()
     assert f"benchmarks/{script}" in README
-    result = run(ROOT, f"benchmarks/{script}", timeout=600)
+    result = run(ROOT, f"benchmarks/{script}", *options, timeout=900)
     assert result.returncode == 0, result.stderr
     assert re.search(r"\d", result.stdout)

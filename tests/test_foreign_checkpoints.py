@@ -87,7 +87,7 @@ def pth(tmp_path: Path) -> Callable[..., str]:
 
 def tokens(model: VisionLanguageModel, pixels: Tensor) -> Tensor:
     with torch.no_grad():
-        return model.connector(model.extract_features({"image": pixels}))
+        return model.connector(model.vision_encoder(pixels))
 
 
 def same_weights(one: VisionLanguageModel, other: VisionLanguageModel) -> None:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "minivlm"
 HEAVY = ("torch", "torchvision", "transformers", "timm", "tokenizers", "peft", "numpy", "PIL", "gradio", "matplotlib")
 
 LAYERS = (
-    {"registry", "schema", "types", "io", "paths", "version", "torchvision_guard", "builtins"},
+    {"registry", "schema", "types", "io", "paths", "version", "torchvision_guard", "builtins", "lavis"},
     {"config", "processors", "models", "evaluation"},
     {"datasets", "checkpoints", "api"},
     {"tasks", "serve"},

@@ -250,6 +250,18 @@ def test_quantization_names_what_it_needs(tmp_path: Path, monkeypatch: pytest.Mo
         HFLanguageModel(config, 360)
 
 
+def test_quantization_falls_back_where_the_device_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    language_model().model.save_pretrained(tmp_path)
+    monkeypatch.setattr(language_module.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    loaded = HFLanguageModel(HFLanguageModelConfig(path=str(tmp_path), quantization="int8", dtype="bf16"), 360)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert "bitsandbytes does not run on MPS; the language model stays in half precision" in caplog.text
+
+
 # --- a whole model ------------------------------------------------------------------------------------------------
 
 

@@ -98,25 +98,6 @@ def test_parts_have_their_own_learning_rate_and_frozen_ones_do_not_move(
     assert any((second[n] - t).abs().max() > 1e-3 for n, t in first.items() if n.startswith("language_model."))
 
 
-def test_feature_cache_gives_the_same_training(tiny_experiment: dict[str, Any], tmp_path: Path) -> None:
-    plain = train(tiny_experiment, tmp_path, f"run.output_dir={tmp_path}/plain")
-    cache = tmp_path / "cache"
-    cached = train(tiny_experiment, tmp_path, f"run.output_dir={tmp_path}/cached", f"run.feature_cache={cache}")
-    assert losses(cached) == pytest.approx(losses(plain), rel=1e-3)  # features are kept in half precision
-    files = {p: p.stat().st_mtime_ns for p in cache.rglob("*.safetensors")}
-    assert files
-    again = train(tiny_experiment, tmp_path, f"run.output_dir={tmp_path}/again", f"run.feature_cache={cache}")
-    assert losses(again) == losses(cached)
-    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.safetensors")} == files, "nothing was encoded twice"
-
-
-def test_another_transform_never_meets_old_features(tiny_experiment: dict[str, Any], tmp_path: Path) -> None:
-    options = [f"run.feature_cache={tmp_path / 'cache'}", "run.resume=none"]
-    train(tiny_experiment, tmp_path, *options)
-    train(tiny_experiment, tmp_path, *options, "model.processor.image.resize=pad")
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
 def test_bad_pictures_are_skipped_counted_and_named(
     tiny_experiment: dict[str, Any], tmp_path: Path, llava_data: Path
 ) -> None:
@@ -280,12 +261,3 @@ def test_eval_command_scores_what_was_trained(
     capsys.readouterr()
     assert evaluate([str(tmp_path / "x.yaml")]) == 0
     assert f"{done:.4f}" in capsys.readouterr().out
-
-
-def test_settings_of_an_encoder_without_weights_name_its_cache() -> None:
-    from minivlm.datasets.feature_cache import encoder_hash
-
-    class Model:
-        vision_encoder = torch.nn.Identity()
-
-    assert encoder_hash(Model(), {"patch": 8}) != encoder_hash(Model(), {"patch": 16})  # type: ignore[arg-type]

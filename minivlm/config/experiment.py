@@ -54,7 +54,7 @@ class RunConfig:
     group_by_length: bool = setting(True, help="batch samples of similar length together")
     on_bad_sample: str = setting("skip", choices=("skip", "raise"))
     max_bad_share: float = setting(0.01, ge=0, le=1, help="abort when more than this share is bad")
-    feature_cache: str | None = setting(None, help="folder that keeps the output of a frozen vision encoder")
+    feature_cache: str | None = setting(None, help="folder that keeps the output of the last frozen module per picture")
 
     # length of the training
     max_epoch: int = setting(1, ge=1)

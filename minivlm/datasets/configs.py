@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from minivlm.lavis.configs import LavisEnvironment
 from minivlm.schema import Part, setting
 
 
@@ -119,3 +121,18 @@ class WebDatasetConfig(DatasetConfig):
     text_processor: Part | None = setting(
         factory=lambda: {"name": "blip_caption"}, part="processor", help="cleans the captions; null: as they are"
     )
+
+
+@dataclass(kw_only=True)
+class LavisDatasetConfig(DatasetConfig, LavisEnvironment):
+    """A dataset builder of LAVIS; what is not given comes from LAVIS, which then downloads the annotations."""
+
+    builder: str = setting(help="LAVIS's name, e.g. coco_caption, coco_vqa, sbu_caption")
+    config: str | None = setting(None, help="YAML file of LAVIS's layout instead of LAVIS's own")
+    annotations: dict[str, str | list[str]] | None = setting(None, help="annotation file or files of every split")
+    images: str | None = setting(None, help="folder of the pictures")
+    text_processor: str | None = setting(None, help="LAVIS's processor for the texts, e.g. blip_caption")
+    answer: str | None = setting(
+        None, help="key of the item that holds the answer; default: answers, answer or text_output"
+    )
+    options: dict[str, Any] = setting(factory=dict, help="further keys of the builder's configuration")

@@ -1,41 +1,53 @@
-"""Outputs of a frozen vision encoder, computed once per picture and kept on disk.
+"""Outputs of the last frozen module, computed once per picture and kept on disk in half precision.
 
-The folder of a cache is named after the encoder, the transform and the precision, so a change of one never meets
-old features; a picture is named by the hash of its content. Features lie in safetensors files that are
-written whole or not at all, each by one process, so several processes and a kill do no harm.
+The folder of a cache is named after the frozen modules (code, settings, weights), the transform and the precision,
+so a change of one never meets old features; a picture is named by the hash of its content. Features lie in
+safetensors files that are written whole or not at all, each by one process, so several processes and a kill do no
+harm.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-import os
+import json
+import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minivlm.io import TEMPORARY, write_json
+from minivlm import __version__
+from minivlm.io import TEMPORARY, write_atomic, write_json
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
-from minivlm.types import Sample, SampleError
 
-PICTURES_PER_FILE = 512
+FORMAT = 2
+ABOUT = "about.json"
+STALE_SECONDS = 600
+"""A file takes seconds to write; an unfinished one of this age was left behind by a kill."""
 
 
 class FeatureCacheError(ValueError):
-    """Features that cannot be cached."""
+    """Features that cannot be cached, or a cache that cannot be read."""
 
 
 class FeatureCache:
-    """Features [tokens, channels] by picture, in one folder."""
+    """Features [tokens, channels] of one ``shape`` by picture, in one folder.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._where: dict[str, Path] = {}
+    ``ignored`` names the files of the folder that are no features of that shape, with the reason; ``unreadable``
+    says by key why no features could be made of a picture.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int], about: Mapping[str, Any] | None = None):
+        self.folder, self.shape, self.about = folder, tuple(shape), dict(about or {})
+        self.ignored: dict[Path, str] = {}
+        self.unreadable: dict[str, str] = {}
+        self._files: set[Path] = set()
+        self._where: dict[str, tuple[Path, int]] = {}
         self._open: dict[Path, Any] = {}
         self.refresh()
 
@@ -46,13 +58,13 @@ class FeatureCache:
         model: VisionLanguageModel,
         processor: VLMProcessor,
         precision: str = "fp32",
-        settings: Any = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> FeatureCache:
-        """The cache of a model's frozen encoder, run in ``precision``, and its processor's transform.
+        """The cache of what is frozen in a model, run in ``precision``, behind its processor's transform.
 
-        ``settings`` is the encoder's configuration, which tells encoders without weights apart.
-
-        Raises :class:`FeatureCacheError` if the encoder trains.
+        ``settings`` are the configurations of ``vision_encoder`` and ``connector``, which tell parts without
+        weights apart. Raises :class:`FeatureCacheError` if the encoder trains, and if ``root`` is itself the
+        folder of one cache.
         """
         if not model.is_frozen("vision_encoder"):
             raise FeatureCacheError("run.feature_cache needs a frozen encoder: set model.vision_encoder.freeze: true")
@@ -61,12 +73,24 @@ class FeatureCache:
                 "run.feature_cache keeps what an encoder says of whole pictures: set "
                 "model.processor.image.random_crop: null"
             )
-        transforms = {name: t.fingerprint for name, t in processor.transforms.items()}
-        name = f"{encoder_hash(model, settings)}-{hashlib.sha1(repr(transforms).encode()).hexdigest()[:12]}-{precision}"
-        folder = Path(root) / name
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "about.json", {"encoder": repr(model.vision_encoder.source), "transforms": transforms})
-        return cls(folder)
+        if (Path(root) / ABOUT).is_file():
+            raise FeatureCacheError(
+                f"run.feature_cache: {root} is the cache of one encoder; give the folder above, {Path(root).parent}"
+            )
+        about = {
+            "frozen": frozen_parts(model, settings or {}),
+            "transforms": {name: t.fingerprint for name, t in processor.transforms.items()},
+            "precision": precision,
+            "shape": list(model.feature_shape),
+            "format": FORMAT,
+        }
+        digest = hashlib.sha1(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        folder = Path(root) / digest[:20]
+        if not (folder / ABOUT).is_file():
+            source = model.vision_encoder.source
+            write_json(folder / ABOUT, {**about, "source": source, "minivlm": __version__})
+        _remove_leftovers(folder)
+        return cls(folder, model.feature_shape, about)
 
     def __len__(self) -> int:
         return len(self._where)
@@ -77,119 +101,122 @@ class FeatureCache:
     def __getstate__(self) -> dict[str, Any]:  # open files do not travel to worker processes
         return {**self.__dict__, "_open": {}}
 
-    def refresh(self) -> None:
-        """Look for files that other processes have finished."""
-        from safetensors import safe_open
+    @property
+    def picture_bytes(self) -> int:
+        """Bytes that the features of one picture take."""
+        return 2 * self.shape[0] * self.shape[1]
 
-        known = set(self._where.values())
+    def refresh(self) -> None:
+        """Look for files that other processes have finished; what is no file of this cache is ignored."""
         for file in sorted(self.folder.glob("*.safetensors")):
-            if file not in known and not file.name.startswith(TEMPORARY):
-                with safe_open(file, framework="pt") as opened:
-                    self._where.update(dict.fromkeys(opened.keys(), file))
+            if file not in self._files and file not in self.ignored:
+                try:
+                    self._index(file, _pictures_of(file, self.shape))
+                except FeatureCacheError as error:
+                    self.ignored[file] = str(error)
+
+    def _index(self, file: Path, keys: Iterable[str]) -> None:
+        self._files.add(file)
+        self._where.update({key: (file, row) for row, key in enumerate(keys)})
 
     def get(self, key: str) -> Tensor | None:
-        """Features [tokens, channels] of a picture in half precision, or None if it is not cached."""
-        file = self._where.get(key)
-        if file is None:
+        """Features [tokens, channels] of a picture in half precision, or None if it is not cached.
+
+        Raises OSError for a picture that could not be read when the cache was filled (it would be the only one
+        of its batch without features), and
+        :class:`FeatureCacheError` if a file has gone.
+        """
+        if key in self.unreadable:
+            raise OSError(self.unreadable[key])
+        if key not in self._where:
             return None
+        file, row = self._where[key]
         if file not in self._open:
-            from safetensors import safe_open
+            from safetensors import SafetensorError, safe_open
 
-            self._open[file] = safe_open(file, framework="pt")
-        return self._open[file].get_tensor(key)
+            try:
+                self._open[file] = safe_open(file, framework="pt").get_slice("features")
+            except (OSError, SafetensorError) as error:
+                raise FeatureCacheError(f"{file} has changed or gone since the start of this run: {error}") from error
+        return self._open[file][row]
 
-    def add(self, features: dict[str, Tensor]) -> None:
-        """Store features by picture, all of them or none."""
-        from safetensors.torch import save_file
+    def add(self, features: Mapping[str, Tensor]) -> None:
+        """Store features [tokens, channels] by picture, all of them or none."""
+        from safetensors.torch import save
 
-        name = f"{uuid.uuid4().hex}.safetensors"
-        unfinished = self.folder / (TEMPORARY + name)
+        content = save({"features": torch.stack(list(features.values()))}, {"pictures": " ".join(features)})
+        file = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        write_atomic(file, content)
+        self._index(file, features)
+
+    def neighbours(self) -> dict[Path, list[str]]:
+        """Other caches beside this one, each with what differs there (keys of its ``about.json``)."""
+        found = {}
+        for file in sorted(self.folder.parent.glob(f"*/{ABOUT}")):
+            try:
+                about = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            if file.parent != self.folder and isinstance(about, dict):
+                found[file.parent] = [key for key, own in self.about.items() if about.get(key) != own]
+        return found
+
+
+def _pictures_of(file: Path, shape: tuple[int, ...]) -> list[str]:
+    """Keys of the pictures whose features a file holds, row by row."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            keys = (opened.metadata() or {}).get("pictures", "").split()
+            features = opened.get_slice("features")
+            found, dtype = features.get_shape(), features.get_dtype()
+    except (OSError, SafetensorError) as error:
+        raise FeatureCacheError(f"it cannot be read: {error}") from error
+    if (found, dtype) != ([len(keys), *shape], "F16"):
+        raise FeatureCacheError(f"it holds {dtype} of shape {found}, wanted F16 of {[len(keys), *shape]}")
+    return keys
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for file in folder.glob(f"{TEMPORARY}*"):
         try:
-            save_file(features, unfinished)
-            os.replace(unfinished, self.folder / name)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-        self._where.update(dict.fromkeys(features, self.folder / name))
+            if time.time() - file.stat().st_mtime > STALE_SECONDS:
+                file.unlink()
+        except FileNotFoundError:  # another process was faster
+            continue
 
 
-def encoder_hash(model: VisionLanguageModel, settings: Any = None) -> str:
-    """Hash of the encoder's code, settings and weights."""
-    encoder = model.vision_encoder
-    digest = hashlib.sha1(f"{type(encoder).__qualname__} {settings}".encode())
-    digest.update(Path(inspect.getfile(type(encoder))).read_bytes())
-    for name, tensor in encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+def frozen_parts(model: VisionLanguageModel, settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Class, settings and hash (of code and weights) of the encoder and, if it is frozen, the connector's front."""
+    encoder, connector = model.vision_encoder, model.connector
+    parts: dict[str, tuple[list[nn.Module], dict[str, Tensor]]] = {
+        "vision_encoder": (list(encoder.modules()), encoder.state_dict())
+    }
+    if model.has_frozen_front:
+        named = connector.named_modules()
+        front = [module for name, module in named if name == "" or name.split(".")[0] in connector.front_names]
+        parts["connector"] = (front, connector.front_state())
+    return {
+        part: {
+            "class": type(modules[0]).__qualname__,
+            "settings": repr(settings.get(part)),
+            "hash": _hash(modules, state),
+        }
+        for part, (modules, state) in parts.items()
+    }
 
 
-def fill_cache(
-    cache: FeatureCache,
-    model: VisionLanguageModel,
-    processor: VLMProcessor,
-    samples: Iterable[Sequence[Sample]],
-    *,
-    batch_size: int = 32,
-    rank: int = 0,
-    world: int = 1,
-    autocast: Callable[[], Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> int:
-    """Compute what is missing for the pictures of ``samples``; returns how many pictures were encoded.
-
-    A picture that cannot be read is left out; training meets and counts it. With several processes each
-    takes its share; call ``cache.refresh()`` when all are done.
-    """
-    missing = missing_pictures(cache, processor, samples)
-    # By key, since every process looked at the folder at another moment.
-    mine = [(key, image) for key, image in missing.items() if int(key[:8], 16) % world == rank]
-    model.vision_encoder.eval()
-    pending: dict[str, Tensor] = {}
-    for start in range(0, len(mine), batch_size):
-        keys, pixels = [], []
-        for key, image in mine[start : start + batch_size]:
-            try:
-                pixels.append(processor.load_pixels(image))
-                keys.append(key)
-            except OSError:
-                continue
-        if keys:
-            stacked = {n: torch.stack([p[n] for p in pixels]).to(model.device) for n in pixels[0]}
-            with torch.inference_mode(), autocast() if autocast else torch.no_grad():
-                features = model.extract_features(stacked).to("cpu", torch.float16)
-            pending.update(zip(keys, features.clone().unbind(), strict=True))
-        if len(pending) >= PICTURES_PER_FILE:
-            cache.add({key: value.contiguous() for key, value in pending.items()})
-            pending = {}
-        if progress:
-            progress(min(start + batch_size, len(mine)), len(mine))
-    if pending:
-        cache.add({key: value.contiguous() for key, value in pending.items()})
-    return len(mine)
-
-
-def missing_pictures(
-    cache: FeatureCache, processor: VLMProcessor, samples: Iterable[Sequence[Sample]]
-) -> dict[str, Any]:
-    """Key -> picture of all distinct pictures that the cache does not hold."""
-    keys: dict[Any, str] = {}
-    missing: dict[str, Any] = {}
-    for sequence in samples:
-        for index in range(len(sequence)):
-            try:
-                images = sequence[index].images
-            except SampleError:
-                continue
-            for image in images:
-                if isinstance(image, (str, Path)) and image in keys:
-                    continue
-                try:
-                    key = processor.image_key(image)
-                except OSError:
-                    continue
-                if isinstance(image, (str, Path)):
-                    keys[image] = key
-                if key not in cache:
-                    missing.setdefault(key, image)
-    return missing
+def _hash(modules: Iterable[nn.Module], state: Mapping[str, Tensor]) -> str:
+    """Hash of the files that define the modules' classes, and of weights."""
+    code = set()
+    for kind in {type(module) for module in modules}:
+        try:
+            code.add(Path(inspect.getfile(kind)).read_bytes())
+        except (OSError, TypeError):  # of an interactive session
+            code.add(kind.__qualname__.encode())
+    digest = hashlib.sha1(b"".join(sorted(code)))
+    for name, tensor in state.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

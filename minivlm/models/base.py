@@ -41,6 +41,8 @@ class VisionEncoder(PartModule):
     """Tokens of a picture; the patch tokens are the last ``grid[0] * grid[1]`` of them."""
     image_settings: Mapping[str, Any]
     """``size``, ``resize``, ``interpolation``, ``mean``, ``std``: how a picture becomes its input."""
+    can_train: bool = True
+    """False if the weights are out of reach, so that the encoder is frozen whatever happens."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, tokens, channels]."""
@@ -59,15 +61,44 @@ class VisionEncoder(PartModule):
 class Connector(PartModule):
     """Features to visual tokens; built as ``cls(config, encoder, output_size)``.
 
-    The encoder is only asked for its sizes and not kept.
+    The encoder is only asked for its sizes and not kept. A connector whose beginning may be frozen by itself
+    (a Q-Former) offers it as its front: it sets ``front_names`` and ``front_shape`` and writes :meth:`front`
+    and :meth:`finish`, whose succession is its :meth:`forward`. The output of a frozen front behind a frozen
+    encoder is what a feature cache keeps.
     """
 
     tokens_per_image: int
     """How many positions of the language model one picture takes."""
+    front_names: tuple[str, ...] = ()
+    """The children and parameters that the front consists of; empty for a connector without one."""
+    front_shape: tuple[int, int]
+    """Tokens and channels of the front's output."""
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, tokens, channels] -> [N, tokens_per_image, output_size]."""
         raise NotImplementedError
+
+    def front(self, features: Tensor) -> Tensor:
+        """[N, tokens, channels] -> [N, *front_shape]."""
+        raise NotImplementedError
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """[N, *front_shape] -> [N, tokens_per_image, output_size]."""
+        raise NotImplementedError
+
+    def front_state(self) -> dict[str, Tensor]:
+        """The front's own parameters and buffers by name."""
+        state = self.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if name.split(".")[0] in self.front_names}
+
+    def move_front(self, device: torch.device | str) -> None:
+        """Move the front to another device than the rest."""
+        for name in self.front_names:
+            part = getattr(self, name)
+            if isinstance(part, nn.Module):
+                part.to(device)
+            else:
+                part.data = part.data.to(device)
 
 
 class LanguageModel(PartModule):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from minivlm.lavis.configs import LavisEnvironment
 from minivlm.schema import setting
 
 
@@ -64,6 +65,24 @@ class EvaClipGConfig:
         help="storage of convolutions and linear layers; an encoder that trains is never kept in fp16",
     )
     gradient_checkpointing: bool = False
+
+
+@dataclass(kw_only=True)
+class LavisVisionConfig(LavisEnvironment):
+    """A model of LAVIS, frozen, in a process of its own."""
+
+    model: str = setting(help="LAVIS's name, e.g. blip2_feature_extractor, blip_feature_extractor, clip")
+    type: str = setting(help="LAVIS's type of that model, e.g. pretrain, base, ViT-L-14")
+    output: str = setting(
+        "image_embeds",
+        choices=("image_embeds", "image_embeds_proj", "vit"),
+        help="of extract_features (BLIP-2: the Q-Former's queries, or their projection); "
+        "vit: of the ViT, behind ln_vision where there is one",
+    )
+    checkpoint: str | None = setting(None, help="file that is loaded instead of the one that LAVIS downloads")
+    image_size: int | None = setting(None, ge=1, help="input size of model and pictures; default: LAVIS's")
+    options: dict[str, Any] = setting(factory=dict, help="further keys of LAVIS's own section `model`")
+    device: str = setting("auto", local=True, help="where LAVIS computes: auto, cpu, cuda, cuda:1, ...")
 
 
 @dataclass

@@ -16,16 +16,20 @@ from minivlm.models.vlm import PARTS, VisionLanguageModel
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
-def apply_freeze(part: str, module: nn.Module, freeze: bool | list[str]) -> None:
+def apply_freeze(part: str, module: nn.Module, freeze: bool | list[str] | None) -> None:
     """Set ``requires_grad`` of a part's parameters: all, or those whose name no glob matches.
 
     Of a part with adapters (its ``adapter_parameters``) the base never trains, and the adapters train
     unless a glob names them: ``freeze: true`` means the base. What trains is not kept in fp16, whose
     small updates vanish: the whole part becomes fp32. Raises :class:`ModelError` for a glob that matches
-    nothing.
+    nothing, and for a part that is asked to train and cannot.
     """
+    if not getattr(module, "can_train", True):
+        if freeze not in (None, True):
+            raise ModelError(f"model.{part}.freeze: this part cannot train; leave `freeze` out or set it to true")
+        return
     named = list(module.named_parameters())
-    globs = [] if isinstance(freeze, bool) else freeze
+    globs = freeze if isinstance(freeze, list) else []
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name, _ in named):
             raise ModelError(

@@ -50,12 +50,37 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the connector, where inputs should be sent."""
-        return next(self.parameters()).device
+        """Device of the language model, where inputs should be sent."""
+        return next(self.language_model.parameters()).device
 
     def is_frozen(self, part: str) -> bool:
         """Whether no parameter of the part trains."""
         return not any(p.requires_grad for p in getattr(self, part).parameters())
+
+    @property
+    def has_frozen_front(self) -> bool:
+        """Whether the connector's front is frozen behind a frozen encoder, and so belongs to the features."""
+        return (
+            bool(self.connector.front_names)
+            and self.is_frozen("vision_encoder")
+            and not any(p.requires_grad for p in self.connector.front_state().values())
+        )
+
+    @property
+    def feature_shape(self) -> tuple[int, int]:
+        """Tokens and channels of what :meth:`extract_features` gives for a picture."""
+        if self.has_frozen_front:
+            return self.connector.front_shape
+        return self.vision_encoder.num_tokens, self.vision_encoder.hidden_size
+
+    def move_features(self, device: torch.device | str) -> None:
+        """Move what :meth:`extract_features` runs to another device than the rest.
+
+        Where a cache holds every picture, it need not lie on the GPU.
+        """
+        self.vision_encoder.to(device)
+        if self.has_frozen_front:
+            self.connector.move_front(device)
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
         """Set train mode, except for parts that are frozen as a whole."""
@@ -66,14 +91,27 @@ class VisionLanguageModel(nn.Module):
         return self
 
     def extract_features(self, pixels: dict[str, Tensor]) -> Tensor:
-        """Encoder output [N, tokens, channels] of named inputs [N, 3, H, W]; this is what is cached."""
+        """Features [N, tokens, channels] of named inputs [N, 3, H, W]; those of frozen parts can be cached.
+
+        They are the output of the last frozen module: of the connector's front if that is frozen as well as
+        the encoder, else of the encoder.
+        """
+        here = next(iter(pixels.values())).device
+        there = next((p.device for p in self.vision_encoder.parameters()), here)
+        pixels = {name: tensor.to(there) for name, tensor in pixels.items()}
         with torch.no_grad() if self.is_frozen("vision_encoder") else nullcontext():
-            return self.vision_encoder.encode(pixels)
+            features = self.vision_encoder.encode(pixels)
+            if self.has_frozen_front:
+                features = self.connector.front(features.to(_dtype(self.connector, features.dtype)))
+        return features.to(here)
 
     def encode_images(self, batch: Batch) -> Tensor:
         """Visual tokens [N, tokens_per_image, hidden_size] of all pictures of a batch."""
-        features = batch.features if batch.features is not None else self.extract_features(batch.pixels)
-        return self.connector(features.to(_dtype(self.connector, features.dtype)))
+        return self._connect(batch.features if batch.features is not None else self.extract_features(batch.pixels))
+
+    def _connect(self, features: Tensor) -> Tensor:
+        features = features.to(_dtype(self.connector, features.dtype))
+        return self.connector.finish(features) if self.has_frozen_front else self.connector(features)
 
     def embed(self, batch: Batch, visual: Tensor | None = None) -> Tensor:
         """Input embeddings [B, L, hidden_size], visual tokens in place.
@@ -94,9 +132,7 @@ class VisionLanguageModel(nn.Module):
         return embeds
 
     def _dummy_visual(self, like: Tensor) -> Tensor:
-        size = self.vision_encoder.num_tokens, self.vision_encoder.hidden_size
-        zeros = torch.zeros(1, *size, device=like.device, dtype=_dtype(self.connector, like.dtype))
-        return self.connector(zeros).to(like.dtype)
+        return self._connect(torch.zeros(1, *self.feature_shape, device=like.device)).to(like.dtype)
 
     def forward(self, batch: Batch, return_logits: bool = False) -> VLMOutput:
         """Loss over the supervised positions; the output head runs only there.

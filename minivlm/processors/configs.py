@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from minivlm.lavis.configs import LavisEnvironment
 from minivlm.schema import Part, setting
 
 
@@ -89,6 +90,16 @@ class BlipCaptionConfig:
 
     prompt: str = setting("", help="text in front of every caption")
     max_words: int = setting(50, ge=1, help="longer captions are cut")
+
+
+@dataclass(kw_only=True)
+class LavisImageConfig(LavisEnvironment):
+    """A picture processor of LAVIS, run by LAVIS."""
+
+    processor: str = setting(help="LAVIS's name, e.g. blip_image_eval, blip2_image_train, clip_image_eval")
+    options: dict[str, Any] = setting(
+        factory=dict, help="settings of that processor; default: image_size, mean and std of the encoder"
+    )
 
 
 @dataclass

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import random
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +47,20 @@ def open_image(image: Any) -> Image.Image:
 
 
 def image_hash(image: Any) -> str:
-    """Hash of a picture's content: the bytes of the file, or the pixels of a PIL image."""
+    """Hash of a picture's content: the bytes of the file, or the pixels of a PIL image.
+
+    A file that has not changed since is read once only. Raises OSError if there is none.
+    """
     if isinstance(image, Image.Image):
         image = image.convert("RGB")  # indices alone do not tell the colours of a palette
         return hashlib.sha1(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
-    return hashlib.sha1(Path(image).read_bytes()).hexdigest()
+    state = os.stat(image)
+    return _file_hash(str(image), state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=1_000_000)
+def _file_hash(path: str, mtime_ns: int, size: int) -> str:
+    return hashlib.sha1(Path(path).read_bytes()).hexdigest()
 
 
 class ImageTransform:

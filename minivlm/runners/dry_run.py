@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from itertools import islice
-from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -24,11 +23,9 @@ from minivlm.datasets.training_set import build_datasets, build_split, preview
 from minivlm.models.tuning import PartRow, part_table
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
+from minivlm.runners.memory import inference_table, training_table
 from minivlm.runners.precision import resolve_precision
 from minivlm.types import SampleError
-
-GIB = 2**30
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "int8": 1}
 
 
 def dry_run(experiment: Experiment, console: Console) -> bool:
@@ -41,14 +38,14 @@ def dry_run(experiment: Experiment, console: Console) -> bool:
         if number and stage.model.checkpoint is None:
             console.print(f"starts from the model of stage {experiment.stages[number - 1].name}")
         model, processor, stage.model = assemble(stage.model, meta=True)
-        rows = part_table(model, stage.model, stage.run.init_lr)
-        console.print(_parts(rows))
+        console.print(_parts(part_table(model, stage.model, stage.run.init_lr)))
         if stage.run.evaluate:
             fine &= _show_evaluation(stage, processor, console)
         elif not stage.datasets:
             console.print("\nno datasets: there is a model to talk to, and nothing to train")
         else:
-            fine &= _show_data(stage, model, processor, rows, console)
+            fine &= _show_data(stage, model, processor, console)
+        console.print(inference_table(stage, model, processor))
     return fine
 
 
@@ -82,9 +79,7 @@ def _show_evaluation(stage: StageConfig, processor: VLMProcessor, console: Conso
     return fine and seen
 
 
-def _show_data(
-    stage: StageConfig, model: VisionLanguageModel, processor: VLMProcessor, rows: list[PartRow], console: Console
-) -> bool:
+def _show_data(stage: StageConfig, model: VisionLanguageModel, processor: VLMProcessor, console: Console) -> bool:
     run = stage.run
     world = int(os.environ.get("WORLD_SIZE", "1"))
     try:
@@ -111,52 +106,6 @@ def _show_data(
     console.print(
         "schedule: " + ", ".join(f"step {p}: {schedule(p):.2e}" for p in points), highlight=False, soft_wrap=True
     )
-    console.print(_memory(stage, model, rows, length or 512))
+    precision = resolve_precision(run.precision, resolve_device(run.device))
+    console.print(training_table(stage, model, precision, length or 512))
     return True
-
-
-def estimate_memory(
-    rows: list[PartRow], hidden: int, layers: int, vocab: int, tokens: int, checkpointing: bool, half: bool
-) -> dict[str, float]:
-    """Bytes by use for one process: weights, gradients, AdamW's two moments, activations.
-
-    Activations follow Korthikanti et al. 2022 (about 34 bytes a token, layer and channel in half precision;
-    2 with checkpointing) and hold the logits of a quarter of the positions.
-    """
-    trainable = sum(row.trainable for row in rows)
-    scale = 1.0 if half else 2.0
-    per_channel = (2 if checkpointing else 34) * scale
-    return {
-        "weights": sum(row.parameters * max(_BYTES.get(d, 4) for d in row.dtype.split(", ")) for row in rows),
-        "gradients": 4.0 * trainable,
-        "optimiser": 8.0 * trainable,
-        "activations": tokens * layers * hidden * per_channel + tokens / 4 * vocab * 8,
-    }
-
-
-def _memory(stage: StageConfig, model: VisionLanguageModel, rows: list[PartRow], length: int) -> Table:
-    language: Any = model.language_model
-    config = getattr(getattr(language, "model", None), "config", None)
-    layers = getattr(config, "num_hidden_layers", 1)
-    precision = resolve_precision(stage.run.precision, resolve_device(stage.run.device))
-    table = Table("micro batch", "weights", "gradients", "optimiser", "activations", "total", title="memory, estimated")
-    sizes = {1, stage.run.batch_size_train}
-    for batch in sorted(sizes):
-        uses = estimate_memory(
-            rows,
-            language.hidden_size,
-            layers,
-            language.vocab_size,
-            batch * length,
-            bool(
-                getattr(stage.model.language_model and stage.model.language_model.config, "gradient_checkpointing", 0)
-            ),
-            precision != "fp32",
-        )
-        table.add_row(str(batch), *(_size(v) for v in uses.values()), _size(sum(uses.values())))
-    table.caption = f"samples of {length} tokens, {precision}; a frozen encoder's activations are not kept"
-    return table
-
-
-def _size(number: float) -> str:
-    return f"{number / GIB:.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:.1f} MiB"

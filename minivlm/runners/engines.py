@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import nullcontext
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import torch
@@ -84,7 +85,13 @@ class DDPEngine(SingleEngine):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def prepare(self, model: nn.Module, *, some_unused: bool = False) -> nn.Module:
-        """The model wrapped; frozen parts have no gradients to exchange and no buffers that change."""
+        """The model wrapped; frozen parts have no gradients to exchange and no buffers that change.
+
+        What lies on a device of another type (an encoder whose features are cached) is left to itself.
+        """
+        named = chain(model.named_parameters(), model.named_buffers())
+        elsewhere = [name for name, tensor in named if tensor.device.type != self.device.type]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, elsewhere)
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=some_unused)
 
     def accumulate(self, module: nn.Module, last: bool) -> Any:

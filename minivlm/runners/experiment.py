@@ -16,13 +16,14 @@ from minivlm import registry
 from minivlm.api import assemble, resolve_device
 from minivlm.checkpoints.native import find_model_folder, load_weights
 from minivlm.config.experiment import Experiment, StageConfig, to_container
-from minivlm.datasets.feature_cache import FeatureCache, FeatureCacheError, fill_cache
+from minivlm.datasets.feature_cache import FeatureCacheError
 from minivlm.datasets.streams import SampleStream
 from minivlm.datasets.training_set import Source, build_datasets, build_split
 from minivlm.io import write_atomic, write_json
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
 from minivlm.runners.engines import SingleEngine, make_engine
+from minivlm.runners.features import prepare_cache
 from minivlm.runners.logs import LOG
 from minivlm.runners.precision import resolve_precision
 from minivlm.runners.state import seed_everything
@@ -71,9 +72,9 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
     model, processor, stage.model = assemble(stage.model)
     model.to(engine.device)
     task = registry.get("task", run.task)(run)
-    data = _Splits(stage)
+    data = Splits(stage)
     if run.feature_cache:
-        _prepare_cache(stage, model, processor, engine, data, console)
+        prepare_cache(stage, model, processor, engine, data.all(), console)
     if not run.evaluate:
         if engine.rank == 0:
             container = {"model": to_container(stage.model), "run": to_container(run)}
@@ -91,7 +92,7 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
     return metrics
 
 
-class _Splits:
+class Splits:
     """The samples of a stage by use, built once."""
 
     def __init__(self, stage: StageConfig):
@@ -127,48 +128,6 @@ def _joined(sources: list[Source]) -> Sequence[Sample]:
     return ConcatDataset(sized)  # type: ignore[arg-type,return-value]
 
 
-def _prepare_cache(
-    stage: StageConfig,
-    model: VisionLanguageModel,
-    processor: VLMProcessor,
-    engine: SingleEngine,
-    data: _Splits,
-    console: Console,
-) -> None:
-    """Encode every picture that is not cached yet, each process its share."""
-    from rich.progress import Progress
-
-    assert stage.run.feature_cache
-    assert stage.model.vision_encoder
-    settings = stage.model.vision_encoder.config
-    cache = FeatureCache.for_model(stage.run.feature_cache, model, processor, engine.precision, settings)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        row = bar.add_task("features of the frozen encoder", total=None)
-
-        def show(done: int, total: int) -> None:
-            bar.update(row, completed=done, total=total)
-
-        start = time.perf_counter()
-        count = fill_cache(
-            cache,
-            model,
-            processor,
-            data.all(),
-            rank=engine.rank,
-            world=engine.world,
-            autocast=engine.autocast,
-            progress=show,
-        )
-    engine.barrier()
-    cache.refresh()
-    processor.feature_cache = cache
-    console.print(
-        f"feature cache {cache.folder}: {len(cache)} pictures, {count} encoded now "
-        f"in {time.perf_counter() - start:.1f} s",
-        highlight=False,
-    )
-
-
 def _take_best(runner: Any, model: VisionLanguageModel, folder: Path, console: Console) -> None:
     """Go on with the best weights by the validation metric, when there was one."""
     state = getattr(runner, "state", None)
@@ -191,7 +150,7 @@ def _final_evaluation(
     processor: VLMProcessor,
     engine: SingleEngine,
     task: Any,
-    data: _Splits,
+    data: Splits,
     console: Console,
 ) -> dict[str, float]:
     """The test splits, with baselines and a report, on the first process; the others wait."""

@@ -33,7 +33,7 @@ def test_stages_lie_over_the_common_sections(write):
     assert (align.name, align.run.max_epoch, align.run.init_lr) == ("align", 2, 1e-3)
     assert (tune.name, tune.run.max_epoch, tune.run.init_lr) == ("tune", 1, 2e-5)
     assert tune.model.language_model.freeze is True and tune.model.language_model.config.path == "/llm"
-    assert align.model.language_model.freeze is False
+    assert align.model.language_model.freeze is None
     assert list(align.datasets) == ["easy_vqa"] and list(tune.datasets) == ["other"]
     assert (align.run.output_dir, tune.run.output_dir) == ("out/x/align", "out/x/tune")
 

@@ -15,11 +15,14 @@ class QFormerConnector(Connector):
     A frozen Q-Former has no dropout, and no gradients unless the encoder below it trains.
     """
 
+    front_names = ("query_tokens", "qformer")
+
     def __init__(self, config: QFormerConfig, encoder: VisionEncoder, output_size: int):
         super().__init__()
         from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
         self.tokens_per_image = config.num_query_tokens
+        self.front_shape = (config.num_query_tokens, config.hidden_size)
         hf = Blip2QFormerConfig(
             hidden_size=config.hidden_size,
             num_hidden_layers=config.num_layers,
@@ -43,8 +46,15 @@ class QFormerConnector(Connector):
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, tokens, channels] -> [N, num_query_tokens, output_size]."""
+        return self.finish(self.front(features))
+
+    def front(self, features: Tensor) -> Tensor:
+        """[N, tokens, channels] -> the queries' hidden states [N, num_query_tokens, hidden_size]."""
         inputs = (features, self.query_tokens, *self.qformer.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
             queries = self.query_tokens.expand(len(features), -1, -1)
-            hidden = self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
+            return self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """[N, num_query_tokens, hidden_size] -> [N, num_query_tokens, output_size]."""
         return self.linear(hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from minivlm.models.base import LanguageModel, ModelError, on_meta_device
 from minivlm.models.configs import HFLanguageModelConfig, LoraSettings
 from minivlm.models.hub import from_pretrained, load_hf_config, source_of
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,7 +41,6 @@ class HFLanguageModel(LanguageModel):
         if config.quantization:
             arguments |= _quantization(config)
         if config.path is None or on_meta_device():
-            arguments.pop("quantization_config", None)
             self.model: Any = AutoModelForCausalLM.from_config(hf, **arguments)
         else:
             self.model = from_pretrained(part, AutoModelForCausalLM, config.path, revision=config.revision, **arguments)
@@ -100,8 +102,16 @@ def _quantization(config: HFLanguageModelConfig) -> dict[str, Any]:
         raise ModelError(
             f"{part}: a model that is trained from scratch cannot be quantised; give a path or leave it out"
         )
+    if on_meta_device():  # where nothing is loaded; `minivlm.runners.memory` counts what it would take
+        return {}
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(f'{part}: {config.quantization} needs bitsandbytes; run pip install "minivlm[quant]"')
+        raise ModelError(
+            f'{part}: {config.quantization} needs bitsandbytes; run pip install "minivlm[quant]", or set it to null: '
+            "half precision takes twice the memory"
+        )
+    if torch.backends.mps.is_available() and not torch.cuda.is_available():
+        log.warning("%s: bitsandbytes does not run on MPS; the language model stays in half precision", part)
+        return {}
     from transformers import BitsAndBytesConfig
 
     if config.quantization == "int8":
