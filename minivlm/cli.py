@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": (evaluate, "evaluate the last stage of an experiment file"),
         "chat": (chat, "talk to a model in the terminal"),
         "demo": (demo, "open the web page of a model"),
+        "generate": (generate, "answers about a folder of pictures or a JSONL file, in batches"),
         "check-data": (check_data, "read the data of an experiment file and report what is wrong"),
         "prepare-captions": (prepare_captions, "make img2dataset's download list from lists of {url, caption}"),
         "inspect": (inspect, "say what a file of weights or a folder holds, and what it is good for"),
@@ -189,9 +190,14 @@ def demo(argv: list[str]) -> int:
 def _talk(flags: list[str], argv: list[str]) -> int:
     from minivlm.serve.demo import main as demo_main
 
-    if argv and not argv[0].startswith("-"):
-        argv = ["--cfg-path", *argv]
     return demo_main([*argv, *flags])
+
+
+def generate(argv: list[str]) -> int:
+    """``minivlm generate FOLDER_OR_YAML --input PICTURES_OR_JSONL --output JSONL``."""
+    from minivlm.serve.generate import main as generate_main
+
+    return guarded(lambda: generate_main(argv))
 
 
 def check_data(argv: list[str]) -> int:

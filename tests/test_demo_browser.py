@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from browser import ANSWERS, QUESTION, address, open_page, screenshot, serve, toast, upload, visit
 from helpers import ROOT, tiny_model, write_yaml
 from PIL import Image, ImageDraw
 
@@ -26,11 +21,6 @@ from minivlm.checkpoints.native import Manifest, save_model
 from minivlm.config import load_config
 
 pytestmark = pytest.mark.browser
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUESTION = "#question textarea, #question input"
-ANSWERS = "#conversation [data-testid=bot]"
-LOCAL = re.compile(r"(http|ws)://127\.0\.0\.1:\d+/|data:|blob:")
 
 
 @pytest.fixture(scope="module")
@@ -48,49 +38,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address(process)
 
 
-@contextmanager
-def serve(config: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """The program, which does not outlive the test."""
-    command = [sys.executable, "-u", str(ROOT / "demo.py"), "--cfg-path", str(config), "--device", "cpu", *options]
-    # The uploads go to a folder that the test can look into.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(config.parent)}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def address(process: subprocess.Popen[str]) -> str:
-    """What the program prints when it is ready."""
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if found := re.search(r"the page is at (http\S+)", line):
-            return found[1]
-    raise AssertionError("".join(lines))
-
-
 @pytest.fixture
 def page(server: str) -> Iterator[Any]:
-    """The open page; afterwards no request may have left this machine."""
-    from playwright import sync_api
-
-    assert CHROMIUM is not None, "install Chromium, e.g. apt-get install chromium"
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1200, "height": 800})
-        page.set_default_timeout(20_000)
-        requests: list[str] = []
-        page.on("request", lambda request: requests.append(request.url))
-        visit(page, server)
+    with open_page(server) as page:
         yield page
-        browser.close()
-    assert len(requests) > 5
-    assert [url for url in requests if not LOCAL.match(url)] == []
 
 
 @pytest.fixture
@@ -99,21 +50,6 @@ def picture(tmp_path: Path) -> Path:
     ImageDraw.Draw(image).rectangle((16, 20, 44, 50), fill=(200, 30, 40))
     image.save(tmp_path / "shape.png")
     return tmp_path / "shape.png"
-
-
-def visit(page: Any, server: str) -> None:
-    page.goto(server)
-    page.wait_for_selector(QUESTION)
-    page.wait_for_selector("#picture input[type=file]", state="attached")
-    page.wait_for_timeout(300)  # the listeners of the page come last
-
-
-def upload(page: Any, file: Path) -> None:
-    page.set_input_files("#picture input[type=file]", file)
-
-
-def toast(page: Any, text: str) -> None:
-    page.wait_for_selector(f".toast-body >> text={text}")
 
 
 def test_picture_question_streamed_answer_restart(page: Any, picture: Path) -> None:
@@ -141,8 +77,7 @@ def test_picture_question_streamed_answer_restart(page: Any, picture: Path) -> N
 
     page.click("#examples button")
     page.wait_for_function(f"document.querySelectorAll('{ANSWERS}').length == 2")
-    if target := os.environ.get("MINIVLM_SCREENSHOT"):
-        page.screenshot(path=target)
+    screenshot(page, "chat")
     page.click("#restart")
     page.wait_for_function(f"document.querySelectorAll('{ANSWERS}').length == 0")
     assert page.locator("#picture img").count() == 1

@@ -108,11 +108,35 @@ class DemoConfig:
     """Section ``demo``: what `demo.py` starts with."""
 
     title: str = "minivlm"
+    page: str = setting(
+        "chat",
+        choices=("chat", "grounding"),
+        help="grounding: MiniGPT-v2's task shortcuts, boxes marked on the picture, boxes of answers drawn on it",
+    )
     examples: list[str] = setting(factory=list, help="questions offered below the text box")
     max_new_tokens: int = setting(64, ge=1)
+    min_new_tokens: int | None = setting(None, ge=1, help="no answer ends before it has so many tokens")
     temperature: float = setting(0.0, ge=0, le=2, help="0: greedy")
+    max_temperature: float = setting(2.0, gt=0, le=2, help="upper end of the slider on the page")
+    top_p: float = setting(0.9, gt=0, le=1, help="sample among the likeliest tokens that make up this share")
     num_beams: int = setting(1, ge=1, le=10)
+    repetition_penalty: float = setting(
+        1.0, gt=0, help="above 1 what was said is less likely; MiniGPT-4: 1.05, before October 2023 1.0"
+    )
+    length_penalty: float = setting(1.0, help="with beams: above 0 favours long answers, below 0 short ones")
+    max_length: int | None = setting(
+        None, ge=1, help="tokens of a conversation with its answer; default: what the model takes"
+    )
+    on_overflow: str = setting(
+        "error",
+        choices=("error", "cut_left"),
+        help="of a longer conversation; cut_left, as MiniGPT-4: its oldest tokens, pictures too, are left out",
+    )
     max_upload_mb: int = setting(20, ge=1)
+
+    def __post_init__(self) -> None:
+        if self.temperature > self.max_temperature:
+            raise ValueError(f"temperature {self.temperature:g} is above max_temperature {self.max_temperature:g}")
 
 
 @dataclass

@@ -32,4 +32,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     if tokenizer.pad_token_id is None:
         # Only fills rows that a mask hides, so any id will do; the vocabulary must not grow.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if hasattr(tokenizer, "legacy"):
+        # transformers does not save it, and without it Llama's text behind a special token has other ids.
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return tokenizer

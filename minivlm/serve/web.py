@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -15,7 +17,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 
 from minivlm.config.experiment import DemoConfig
-from minivlm.serve.web_handlers import MAX_QUESTION, Handlers, guard_upload
+from minivlm.serve.web_handlers import MAX_QUESTION, TASKS, Handlers, choose_task, guard_upload
 
 if TYPE_CHECKING:
     from minivlm.serve.chat import Chat
@@ -25,6 +27,8 @@ _MB = 1024 * 1024
 _WAITING = 32
 """Questions that may wait for the model; more are turned away."""
 _HOUR, _DAY = 3600, 24 * 3600
+_MARK_BOX = Path(__file__).parents[1] / "assets" / "mark_box.js"
+_FOCUS = "() => document.querySelector('#question textarea, #question input').focus()"
 
 THEME = gr.themes.Soft(
     primary_hue="indigo",
@@ -49,11 +53,17 @@ CSS = """
 #title h1 {margin: 0.2em 0 0}
 #title p {margin: 0; opacity: 0.75}
 #picture img {width: 100%; height: 100%; object-fit: contain}
-#conversation .top-panel {display: none} /* its button to clear is the same as Restart */
+/* The button to clear is the same as Restart; one below a picture would share it with gradio's makers. */
+#conversation .top-panel, #conversation .message-buttons {display: none}
+#conversation .message img {max-height: 250px; width: auto; margin: 4px 0}
+#conversation .image-container button {justify-content: flex-start}
+#tasks::before {content: "Task shortcuts"; align-self: center; font-size: 12px; opacity: 0.75}
 #ask {align-items: stretch; gap: 8px}
 #send, #restart {min-width: 7em}
-#examples {gap: 6px; flex-wrap: wrap}
-#examples button {flex: 0 1 auto; min-width: 0; white-space: normal; font-weight: 400}
+#picture.marking img {cursor: crosshair; touch-action: none; user-select: none}
+#marked {position: absolute; pointer-events: none; border: 3px solid #f97316; box-shadow: 0 0 0 1px #fff}
+.chips {gap: 6px; flex-wrap: wrap}
+.chips button {flex: 0 1 auto; min-width: 0; white-space: normal; font-weight: 400}
 @media (max-width: 640px) {
   #picture {height: 260px !important}
   #conversation {height: 360px !important}
@@ -65,20 +75,23 @@ CSS = """
 
 def build_page(chat_factory: Callable[[], Chat], demo: DemoConfig) -> gr.Blocks:
     """The page; ``chat_factory`` makes the conversation of a visitor, so that no two share one."""
-    handlers = Handlers(chat_factory)
+    grounding = demo.page == "grounding"
+    handlers = Handlers(chat_factory, grounding=grounding)
     with gr.Blocks(title=demo.title, analytics_enabled=False, fill_width=True, delete_cache=(_HOUR, _DAY)) as page:
         session = gr.State(None, time_to_live=_DAY)
-        gr.Markdown(f"# {demo.title}\nUpload a picture and ask about it.", elem_id="title")
+        hint = "; drag over it to mark a box" if grounding else ""
+        gr.Markdown(f"# {demo.title}\nUpload a picture and ask about it{hint}.", elem_id="title")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                picture = _picture()
+                picture = _picture(grounding)
             with gr.Column(scale=3, min_width=280):
                 chatbot = _conversation()
+        tasks = _chips("tasks", [task.name for task in TASKS] if grounding else [])
         with gr.Row(elem_id="ask"):
             question = _question()
             send = gr.Button("Send", variant="primary", scale=0, elem_id="send")
             restart = gr.Button("Restart", scale=0, elem_id="restart")
-        examples = _examples(demo.examples)
+        examples = _chips("examples", demo.examples)
         with gr.Row():
             beams, temperature = _sliders(demo)
 
@@ -95,10 +108,16 @@ def build_page(chat_factory: Callable[[], Chat], demo: DemoConfig) -> gr.Blocks:
         changed = gr.on(changes, handlers.change_picture, [picture, session], [chatbot, session], **quick)
         changed.failure(handlers.drop_picture, session, [picture, chatbot, session], **quick)
         gr.on([restart.click, chatbot.clear], handlers.restart, session, outputs, cancels=asked, **quick)
+        for task, button in zip(TASKS, tasks):
+            chosen = button.click(partial(choose_task, task), question, question, **quick)
+            chosen.then(None, js=_FOCUS, **quick)
+        if grounding:
+            page.load(None, js=_MARK_BOX.read_text(encoding="utf-8"), **quick)
+            question.change(None, question, js="text => window.showMarkedBox(text)", **quick)
     return page
 
 
-def _picture() -> gr.Image:
+def _picture(marking: bool = False) -> gr.Image:
     return guard_upload(
         gr.Image(
             label="Picture",
@@ -108,6 +127,7 @@ def _picture() -> gr.Image:
             height=430,
             buttons=[],
             elem_id="picture",
+            elem_classes=["marking"] if marking else None,
         )
     )
 
@@ -136,12 +156,12 @@ def _question() -> gr.Textbox:
     )
 
 
-def _examples(questions: list[str]) -> list[gr.Button]:
-    """A button per example question, which asks it."""
-    if not questions:
+def _chips(name: str, texts: list[str]) -> list[gr.Button]:
+    """A row of small buttons."""
+    if not texts:
         return []
-    with gr.Row(elem_id="examples"):
-        return [gr.Button(text, size="sm") for text in questions]
+    with gr.Row(elem_id=name, elem_classes="chips"):
+        return [gr.Button(text, size="sm") for text in texts]
 
 
 def _sliders(demo: DemoConfig) -> tuple[gr.Slider, gr.Slider]:
@@ -157,7 +177,7 @@ def _sliders(demo: DemoConfig) -> tuple[gr.Slider, gr.Slider]:
     )
     temperature = gr.Slider(
         0,
-        2,
+        demo.max_temperature,
         demo.temperature,
         step=0.1,
         label="Temperature",

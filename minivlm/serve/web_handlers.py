@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import html
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
 from PIL import Image
 
+from minivlm.datasets.boxes import parse_boxes
 from minivlm.processors.image import image_hash
+from minivlm.serve.boxes import coloured, draw_boxes, preview
 from minivlm.types import IMAGE_MARKER, SampleError
 
 if TYPE_CHECKING:
@@ -22,39 +27,67 @@ MAX_QUESTION = 4000
 """Characters of a question that the page takes."""
 MAX_MEGAPIXELS = 80
 """A small file can hold a huge picture; decoded, one of this size takes 240 MB."""
+_TAG = re.compile(r"^\s*\[\w+\]\s*")
 UNREADABLE = "This file cannot be read as a picture. PNG, JPEG, WebP and GIF work."
 
 
 @dataclass
-class Session:
-    """What belongs to one open page: its conversation and the key of the picture that it is about.
+class Task:
+    """A shortcut of the page of MiniGPT-v2: the identifier that begins a question, and a usual question."""
 
-    ``round`` counts the beginnings; an answer that was asked for in an earlier round is not shown any more.
+    name: str
+    tag: str
+    question: str = ""
+
+
+TASKS = (
+    Task("No Tag", ""),
+    Task("Grounding", "[grounding] ", "describe this image in detail"),
+    Task("Refer", "[refer] "),
+    Task("Detection", "[detection] "),
+    Task("Identify", "[identify] ", "what is this"),
+    Task("VQA", "[vqa] "),
+)
+
+
+@dataclass
+class Session:
+    """What belongs to one open page: its conversation and the picture that it is about.
+
+    ``picture`` is the key of the picture, ``image`` the picture on which boxes are drawn and ``drawn`` the file for
+    every text with boxes. ``round`` counts the beginnings; an answer that was asked for in an earlier round is not
+    shown any more.
     """
 
     chat: Chat
     picture: str | None = None
+    image: Image.Image | None = None
+    drawn: dict[str, str] = field(default_factory=dict)
     round: int = 0
 
-    def begin(self, picture: str | None) -> None:
-        """Begin anew, about another picture or the same."""
+    def begin(self) -> None:
+        """Begin anew about the picture."""
         self.chat.reset()
-        self.picture = picture
+        self.drawn.clear()
         self.round += 1
 
 
 class Handlers:
-    """The events of the page; every function gets the session and gives it back."""
+    """The events of the page; every function gets the session and gives it back.
 
-    def __init__(self, chat_factory: Callable[[], Chat]):
+    With ``grounding``, boxes in the conversation are drawn on the picture.
+    """
+
+    def __init__(self, chat_factory: Callable[[], Chat], *, grounding: bool = False):
         self.chat_factory = chat_factory
+        self.grounding = grounding
 
     def change_picture(self, picture: Any, session: Session | None) -> tuple[Any, ...]:
         """A picture was uploaded, pasted or removed -> (conversation, session)."""
         if isinstance(picture, OSError):
             raise gr.Error(str(picture), print_exception=False)  # drop_picture follows
         session = self._session(session, picture)
-        return _shown(session.chat), session
+        return self._shown(session), session
 
     def drop_picture(self, session: Session | None) -> tuple[Any, ...]:
         """The upload cannot be read -> (picture, conversation, session)."""
@@ -63,7 +96,7 @@ class Handlers:
     def restart(self, session: Session | None) -> tuple[Any, ...]:
         """-> (conversation, question, session); the picture stays."""
         if session is not None:
-            session.begin(session.picture)
+            session.begin()
         return [], "", session
 
     def ask(
@@ -71,13 +104,13 @@ class Handlers:
     ) -> Iterator[tuple[Any, ...]]:
         """Stream an answer -> (conversation, question, session)."""
         question = (question or "").strip()
-        if problem := _problem(question, picture):
+        if problem := _problem(question, picture) or (_task_problem(question) if self.grounding else ""):
             _warn(problem)
             yield gr.skip(), gr.skip(), session
             return
         session = self._session(session, picture)
-        before, this_round = _shown(session.chat), session.round
-        asked = [*before, _message("user", question)]
+        before, this_round = self._shown(session), session.round
+        asked = [*before, self._message(session, "user", question)]
         yield asked, "", session
         images = [] if session.chat.num_images else [picture]
         options = {"num_beams": int(beams), "temperature": float(temperature)}
@@ -87,25 +120,63 @@ class Handlers:
                 for answer in stream:
                     if session.round != this_round:
                         return
-                    yield [*asked, _message("assistant", answer)], gr.skip(), session
+                    yield [*asked, self._message(session, "assistant", answer, whole=False)], gr.skip(), session
             problem = "" if answer else "The model answered with nothing."
         except SampleError as error:
             problem = f"No answer: {error.reason}"
         except Exception as error:  # the page must survive, and the operator must see what it was
             traceback.print_exc()
             problem = f"The model failed: {type(error).__name__}: {error}"
-        if problem and session.round == this_round:
+        if session.round != this_round:
+            return
+        if problem:
             # The question goes back into its box, since the conversation does not have it.
             _warn(problem)
             yield before, question, session
+        elif self.grounding:
+            yield self._shown(session), gr.skip(), session
 
     def _session(self, session: Session | None, picture: Any) -> Session:
         """The session, begun anew if the picture is not the one it is about."""
         session = session or Session(self.chat_factory())
         key = None if picture is None else image_hash(picture)
         if key != session.picture:
-            session.begin(key)
+            session.picture = key
+            session.image = None if picture is None or not self.grounding else preview(picture)
+            session.begin()
         return session
+
+    def _shown(self, session: Session) -> list[dict[str, Any]]:
+        """The conversation as the page shows it; the picture stands beside it."""
+        texts = [(m.role, (m.content or "").replace(IMAGE_MARKER, "").strip()) for m in session.chat.messages]
+        return [self._message(session, role, text) for role, text in texts]
+
+    def _message(self, session: Session, role: str, text: str, whole: bool = True) -> dict[str, Any]:
+        """One message, letter by letter: gradio would render HTML in it, and so fetch pictures from anywhere.
+
+        With grounding, the boxes of a ``whole`` text are drawn on a picture below it.
+        """
+        if not self.grounding:
+            return {"role": role, "content": html.escape(text, quote=False)}
+        content: list[Any] = [coloured(text)]
+        if whole and (file := self._drawn(session, text)):
+            content.append({"path": file, "alt_text": "the picture with the boxes of this message"})
+        return {"role": role, "content": content}
+
+    def _drawn(self, session: Session, text: str) -> str:
+        """The file of the picture with the boxes of a text; empty without any."""
+        if text not in session.drawn:
+            drawn = None if session.image is None else draw_boxes(session.image, text)
+            session.drawn[text] = "" if drawn is None else save_pil_to_cache(drawn, get_upload_folder())
+        return session.drawn[text]
+
+
+def choose_task(task: Task, question: str) -> str:
+    """The question under a task: what was typed stays, else the task's usual question is offered."""
+    typed = _TAG.sub("", question or "")
+    if any(typed.strip() == other.question for other in TASKS):
+        typed = task.question
+    return task.tag + typed
 
 
 def guard_upload(picture: gr.Image) -> gr.Image:
@@ -158,14 +229,13 @@ def _problem(question: str, picture: Any) -> str:
     return ""
 
 
-def _shown(chat: Chat) -> list[dict[str, str]]:
-    """The conversation as the page shows it; the picture stands beside it."""
-    return [_message(m.role, (m.content or "").replace(IMAGE_MARKER, "").strip()) for m in chat.messages]
-
-
-def _message(role: str, text: str) -> dict[str, str]:
-    """One message, letter by letter: gradio would render HTML in it, and so fetch pictures from anywhere."""
-    return {"role": role, "content": html.escape(text, quote=False)}
+def _task_problem(question: str) -> str:
+    """What a question with a task identifier lacks, or nothing."""
+    if not _TAG.sub("", question):
+        return "Type what to look for behind the task."
+    if question.startswith("[identify]") and not parse_boxes(question):
+        return "Drag over the picture to mark what to identify."
+    return ""
 
 
 def _warn(text: str) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -133,10 +134,10 @@ def evaluating(model: Any) -> Iterator[None]:
 class _Source(Dataset[tuple[list[int], "Batch | None", list[SampleError]]]):
     """Batch ``i`` of given groups of samples; made in a worker process where there are any."""
 
-    processor: TaskProcessor
-    samples: list[Sample]
+    samples: Sequence[Sample]
     groups: list[list[int]]
-    generation: bool
+    encode: Callable[[Sample], Encoded]
+    collate: Callable[[list[Encoded]], Batch]
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -145,23 +146,43 @@ class _Source(Dataset[tuple[list[int], "Batch | None", list[SampleError]]]):
         numbers: list[int] = []
         encoded: list[Encoded] = []
         bad: list[SampleError] = []
-        encode = self.processor.prompt_sample if self.generation else self.processor.encode
         for number in self.groups[index]:
             try:
-                encoded.append(encode(self.samples[number]))
+                encoded.append(self.encode(self.samples[number]))
                 numbers.append(number)
             except SampleError as error:
                 bad.append(error)
-        if not encoded:
-            return [], None, bad
-        return numbers, self.processor.collate(encoded, for_generation=self.generation), bad
+        return numbers, self.collate(encoded) if encoded else None, bad
+
+
+def batches_by_length(
+    samples: Sequence[Sample],
+    encode: Callable[[Sample], Encoded],
+    collate: Callable[[list[Encoded]], Batch],
+    batch_size: int,
+    num_workers: int = 0,
+) -> Iterator[tuple[list[int], Batch | None, list[SampleError]]]:
+    """``(numbers of samples, their batch, errors of those that cannot be used)``, samples of similar length together.
+
+    The longest come first, so that a lack of memory shows at once. The batch is None where no sample is left.
+    """
+    # Characters stand for tokens: exact lengths would cost every picture to be opened and kept.
+    order = sorted(range(len(samples)), key=lambda number: _size(samples[number]), reverse=True)
+    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    # A generator of its own: the loader's draw of a seed must not change the random state of training.
+    yield from DataLoader(
+        _Source(samples, groups, encode, collate),
+        batch_size=None,
+        num_workers=min(num_workers, len(groups)),
+        generator=torch.Generator(),
+        worker_init_fn=quiet_worker,
+    )
 
 
 class EvalBatches:
-    """Iterates over ``(numbers of the samples, batch)``, samples of similar length together.
+    """Iterates over ``(numbers of the samples, batch)`` of :func:`batches_by_length`.
 
-    The longest come first, so that a lack of memory shows at once. Bad samples are added to ``bad``;
-    the iteration ends with a :class:`DatasetError` if they are too many.
+    Bad samples are added to ``bad``; the iteration ends with a :class:`DatasetError` if they are too many.
     """
 
     def __init__(
@@ -176,21 +197,14 @@ class EvalBatches:
         self.run = run
         self.bad = bad
         self.total = len(samples) + len(bad)
-        # Characters stand for tokens: exact lengths would cost every picture to be opened and kept.
-        order = sorted(range(len(samples)), key=lambda number: _size(samples[number]), reverse=True)
-        size = run.batch_size_eval
-        groups = [order[start : start + size] for start in range(0, len(order), size)]
-        self._source = _Source(processor, samples, groups, generation)
+        self._samples = samples
+        self._encode = processor.prompt_sample if generation else processor.encode
+        self._collate = partial(processor.collate, for_generation=generation)
 
     def __iter__(self) -> Iterator[tuple[list[int], Batch]]:
         self._refuse_bad()
-        workers = min(self.run.num_workers, len(self._source))
-        # A generator of its own: the loader's draw of a seed must not change the random state of training.
-        own = torch.Generator()
-        loader = DataLoader(
-            self._source, batch_size=None, num_workers=workers, generator=own, worker_init_fn=quiet_worker
-        )
-        for numbers, batch, bad in loader:
+        size, workers = self.run.batch_size_eval, self.run.num_workers
+        for numbers, batch, bad in batches_by_length(self._samples, self._encode, self._collate, size, workers):
             self.bad += bad
             self._refuse_bad()
             if batch is not None:

@@ -1,0 +1,204 @@
+"""``minivlm generate``: answers about many pictures, in batches, from a folder or a JSONL file to a JSONL file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minivlm.config.experiment import StageConfig
+from minivlm.serve.loading import ServeError, add_arguments, decoding, load_model, parse, read_stage
+from minivlm.serve.records import AnswerFile, read_records, record_name, to_sample
+from minivlm.types import IGNORE_INDEX, Encoded, Sample, SampleError
+
+if TYPE_CHECKING:
+    from minivlm.processors.processor import VLMProcessor
+    from minivlm.serve.chat import Chat
+    from minivlm.types import Batch
+
+PROMPT = "Describe this image in detail."
+_SHOWN = 10
+"""Failed records that the summary names."""
+_PRINT_EVERY = 60
+"""Seconds between lines of progress where there is no terminal."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer all records; returns 0, or 1 if some could not be answered.
+
+    Raises ConfigError, ServeError, DatasetError, ModelError or CheckpointError for what the user can put right.
+    """
+    arguments = parse(_parser(), argv)
+    stage = read_stage(arguments.cfg_path, arguments.options)
+    source = Path(arguments.input)
+    images = Path(arguments.images) if arguments.images else source if source.is_dir() else source.parent
+    if not images.is_dir():
+        raise ServeError(f"--images: there is no folder {images}")
+    records = read_records(source, arguments.prompt)
+    answers = AnswerFile(Path(arguments.output), records)
+    if kept := len(records) - len(answers.todo):
+        print(f"{kept} of {len(records)} records were answered before", file=sys.stderr)
+    if answers.todo:
+        model, processor = load_model(stage, arguments)
+        from minivlm.serve.chat import Chat
+
+        chat = Chat(model, processor, **_decoding(stage, arguments))
+        sizes = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
+        try:
+            with answers:
+                answer_records(chat, answers, images, **sizes, seed=stage.run.seed)
+        except KeyboardInterrupt:
+            print(f"\n{len(answers.todo)} records are left; the same command goes on with them", file=sys.stderr)
+            raise
+    answers.finish()
+    return _summary(answers)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minivlm generate", description="Answers about many pictures, in batches.")
+    add_arguments(parser)
+    parser.add_argument("--input", required=True, help="folder of pictures, or JSONL: {image, prompt or question, ...}")
+    parser.add_argument("--output", required=True, help="JSONL: the records with `answer`; an earlier run is continued")
+    parser.add_argument("--images", help="folder of the pictures of a JSONL file (default: the file's own)")
+    parser.add_argument("--prompt", default=PROMPT, help=f"for records without one (default: {PROMPT})")
+    parser.add_argument("--batch-size", type=_positive, default=8, help="records at a time (default 8)")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that read pictures (default 0)")
+    text = "of an answer (default: section demo of the file)"
+    parser.add_argument("--max-new-tokens", type=_positive, help=f"length {text}")
+    parser.add_argument("--num-beams", type=_positive, help=f"beams {text}")
+    parser.add_argument("--temperature", type=float, default=0.0, help="above 0 answers are sampled (default 0)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def _decoding(stage: StageConfig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of section ``demo``, but greedy, since many answers are wanted to be the same the next time."""
+    given = {name: getattr(arguments, name) for name in ("max_new_tokens", "num_beams", "temperature")}
+    return decoding(stage.demo) | {name: value for name, value in given.items() if value is not None}
+
+
+def answer_records(
+    chat: Chat, answers: AnswerFile, images: Path, *, batch_size: int, num_workers: int = 0, seed: int = 0
+) -> None:
+    """Answer what is left to do, records of similar length together; ``chat`` says how.
+
+    A record that cannot be used gets its line with an ``error``. A question has the same prompt as in a
+    conversation, so that with greedy decoding the answers are those that :meth:`Chat.ask` gives one by one.
+    """
+    import torch
+
+    from minivlm.tasks.base import batches_by_length, evaluating
+
+    torch.manual_seed(seed)
+    processor = chat.processor
+    samples: list[Sample] = []
+    numbers = {record_name(number, answers.records[number]): number for number in answers.todo}
+    with _progress(len(numbers)) as advance:
+
+        def fail(error: SampleError) -> None:
+            answers.add(numbers[error.sample_id], "error", error.reason)
+            advance(1, 0)
+
+        for name, number in numbers.items():
+            try:
+                samples.append(to_sample(name, answers.records[number], images, processor.template.with_images))
+            except SampleError as error:
+                fail(error)
+        encode = partial(_encode, processor, chat._context_length())
+        collate = partial(processor.collate, for_generation=True)
+        with evaluating(chat.model):
+            for places, batch, bad in batches_by_length(samples, encode, collate, batch_size, num_workers):
+                for each in bad:
+                    fail(each)
+                if batch is None:
+                    continue
+                for place, text in zip(places, _answers(chat, batch), strict=True):
+                    answers.add(numbers[samples[place].id], "answer", text)
+                advance(len(places), batch.num_images)
+
+
+def _encode(processor: VLMProcessor, limit: int, sample: Sample) -> Encoded:
+    """The prompt of a question as a conversation has it."""
+    try:
+        batch = processor.prompt(sample.messages, sample.images)
+    except SampleError as error:
+        raise SampleError(sample.id, error.reason) from error
+    ids = batch.input_ids[0].tolist()
+    if len(ids) >= limit:
+        raise SampleError(sample.id, f"the prompt has {len(ids)} tokens and the model takes {limit}; shorten it")
+    return Encoded(
+        ids,
+        [IGNORE_INDEX] * len(ids),
+        pixels={name: list(pixels) for name, pixels in batch.pixels.items()},
+        features=None if batch.features is None else list(batch.features),
+        tokens_per_image=[processor.tokens_per_image] * len(sample.images),
+        sample_id=sample.id,
+    )
+
+
+def _answers(chat: Chat, batch: Batch) -> list[str]:
+    import torch
+
+    from minivlm.serve.chat import _sampling
+
+    options = chat.processor.generation_options() | _sampling(chat.options)
+    room = chat._context_length() - batch.input_ids.shape[1]
+    options["max_new_tokens"] = min(options["max_new_tokens"], room)
+    try:
+        return chat.processor.decode(chat.model.generate(batch.to(chat.model.device), **options))
+    except torch.OutOfMemoryError as error:
+        size = len(batch.input_ids)
+        raise ServeError(
+            f"{size} records at a time need more memory than {chat.model.device} has; run the command again with "
+            f"--batch-size {max(1, size // 2)}, it goes on where it stopped"
+        ) from error
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
+    """``advance(records, pictures)`` for a bar; without a terminal a line now and then."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn()
+    start = printed = time.perf_counter()
+    done = pictures = 0
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total, speed="")
+
+        def advance(records: int, more: int) -> None:
+            nonlocal done, pictures, printed
+            done, pictures = done + records, pictures + more
+            now = time.perf_counter()
+            speed = f"{pictures / (now - start):.1f} pictures/s"
+            bar.update(task, completed=done, speed=speed)
+            if not console.is_terminal and (now - printed > _PRINT_EVERY or done == total):
+                left = (now - start) / done * (total - done)
+                console.print(f"{done} of {total} records, {speed}, {left:.0f} s left")
+                printed = now
+
+        yield advance
+
+
+def _summary(answers: AnswerFile) -> int:
+    failed = answers.failed
+    print(f"{len(answers.records) - len(failed)} answers in {answers.path}")
+    if not failed:
+        return 0
+    print(f"{len(failed)} records could not be answered; run the command again when they are mended:", file=sys.stderr)
+    for number, reason in sorted(failed.items())[:_SHOWN]:
+        print(f"  {record_name(number, answers.records[number])}: {reason}", file=sys.stderr)
+    if len(failed) > _SHOWN:
+        print(f"  ... and {len(failed) - _SHOWN} more: their lines have the key `error`", file=sys.stderr)
+    return 1

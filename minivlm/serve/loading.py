@@ -1,0 +1,112 @@
+"""What the programs that serve a model share: their arguments, the file they read, the device they use."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minivlm.config.experiment import DemoConfig, ModelConfig, StageConfig
+from minivlm.paths import is_placeholder, is_weight_file
+
+if TYPE_CHECKING:
+    from minivlm.models.vlm import VisionLanguageModel
+    from minivlm.processors.processor import VLMProcessor
+
+_DECODING = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "temperature",
+    "top_p",
+    "num_beams",
+    "repetition_penalty",
+    "length_penalty",
+    "max_length",
+    "on_overflow",
+)
+
+
+class ServeError(ValueError):
+    """Something that keeps a program from starting; the message says what to do."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, and on which device."""
+    parser.add_argument("config", nargs="?", help="experiment file, or a folder that minivlm wrote")
+    parser.add_argument("--cfg-path", metavar="CONFIG", help="the same")
+    device = parser.add_mutually_exclusive_group()
+    device.add_argument("--gpu-id", type=int, metavar="N", help="use CUDA device N")
+    device.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, mps")
+    parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the file")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, ``cfg_path`` among them."""
+    arguments = parser.parse_args(argv)
+    arguments.cfg_path = arguments.cfg_path or arguments.config
+    if arguments.cfg_path is None:
+        parser.error("give an experiment file or the folder of a model: --cfg-path eval_configs/quickstart.yaml")
+    return arguments
+
+
+def read_stage(path: str, options: Sequence[str] = ()) -> StageConfig:
+    """The last stage of an experiment file; a model folder stands for a file that names it.
+
+    Raises ConfigError, or :class:`ServeError` if there is no checkpoint where the file says.
+    """
+    if Path(path).is_dir():
+        if options:
+            raise ServeError(f"--options change an experiment file, but {path} is a folder")
+        stage = StageConfig(ModelConfig(checkpoint=path))
+    else:
+        from minivlm.config import load_config
+
+        experiment = load_config(path, options)
+        for note in experiment.notes:
+            print(f"note: {note}", file=sys.stderr)
+        stage = experiment.stages[-1]
+    start = stage.model.checkpoint
+    if start and not (Path(start).exists() or is_weight_file(start) or is_placeholder(start)):
+        raise ServeError(
+            f"there is no model in {start}; correct model.checkpoint, or train it first: `python train.py "
+            "--cfg-path FILE` with its experiment file, or `make quickstart` for the model of the quickstart"
+        )
+    return stage
+
+
+def load_model(stage: StageConfig, arguments: argparse.Namespace) -> tuple[VisionLanguageModel, VLMProcessor]:
+    """The model in eval mode on the device that the arguments or else ``run.device`` ask for, its processor."""
+    import torch
+
+    from minivlm.api import assemble, resolve_device
+
+    device = _device(arguments, stage.run.device)
+    try:
+        where = resolve_device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA says so with an assertion
+        raise ServeError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    print(f"loading the model onto {where}", file=sys.stderr, flush=True)
+    model, processor, _ = assemble(stage.model)
+    return model.to(where).eval(), processor
+
+
+def decoding(demo: DemoConfig) -> dict[str, Any]:
+    """The settings of :class:`~minivlm.serve.chat.Chat` that section ``demo`` holds."""
+    return {name: getattr(demo, name) for name in _DECODING}
+
+
+def _device(arguments: argparse.Namespace, configured: str) -> str:
+    """``cuda:N`` for --gpu-id N if there is CUDA; else --device, else what the file says."""
+    if arguments.gpu_id is None:
+        return arguments.device or configured
+    import torch
+
+    if not torch.cuda.is_available():
+        print(f"note: --gpu-id {arguments.gpu_id}: no CUDA here, the best other device is used", file=sys.stderr)
+        return "auto"
+    if not 0 <= arguments.gpu_id < torch.cuda.device_count():
+        raise ServeError(f"--gpu-id {arguments.gpu_id}: there are {torch.cuda.device_count()} CUDA devices, from 0 on")
+    return f"cuda:{arguments.gpu_id}"
