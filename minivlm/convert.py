@@ -52,8 +52,7 @@ def to_folder(source: str, target: Path, cfg_path: str | None, options: Sequence
     from minivlm.paths import is_weight_file
 
     if cfg_path:
-        config = load_config(cfg_path, options).stages[-1].model
-        config.checkpoint = source
+        config = load_config(cfg_path, [*options, f"model.checkpoint={source}"]).stages[-1].model
     elif is_weight_file(source):
         raise CheckpointError(f"{source} does not say which model it belongs to: name its YAML file with --cfg-path")
     else:
