@@ -37,7 +37,7 @@ from minivlm.config.loader import parse_model
 from minivlm.models.base import ModelError
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.paths import is_placeholder
-from minivlm.serve.demo import DemoError, _read
+from minivlm.serve.loading import ServeError, read_stage
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -802,10 +802,10 @@ def test_every_way_takes_a_pth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     config = write_yaml(tmp_path / "x.yaml", {"model": golden_minigpt4("llama2")})
     loaded, _ = minivlm.load(config, device="cpu")
     same_weights(loaded, original("llama2"))
-    assert _read(str(config), []).model.checkpoint == str(GOLDEN / CHECKPOINTS["llama2"])
-    assert _read(str(config), ["model.checkpoint=nowhere.pth"]).model.checkpoint == "nowhere.pth"
-    with pytest.raises(DemoError, match="there is no model in output/none; train it first"):
-        _read(str(config), ["model.checkpoint=output/none"])
+    assert read_stage(str(config), []).model.checkpoint == str(GOLDEN / CHECKPOINTS["llama2"])
+    assert read_stage(str(config), ["model.checkpoint=nowhere.pth"]).model.checkpoint == "nowhere.pth"
+    with pytest.raises(ServeError, match="there is no model in output/none; correct model.checkpoint"):
+        read_stage(str(config), ["model.checkpoint=output/none"])
     vision = golden_minigpt4("llama2")["vision_encoder"]
     options = [
         f"model.vision_encoder.{key}={vision[key]}"
