@@ -804,7 +804,7 @@ def test_every_way_takes_a_pth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     same_weights(loaded, original("llama2"))
     assert read_stage(str(config), []).model.checkpoint == str(GOLDEN / CHECKPOINTS["llama2"])
     assert read_stage(str(config), ["model.checkpoint=nowhere.pth"]).model.checkpoint == "nowhere.pth"
-    with pytest.raises(ServeError, match="there is no model in output/none; correct"):
+    with pytest.raises(ServeError, match=r"there is no model in output/none; correct model\.checkpoint"):
         read_stage(str(config), ["model.checkpoint=output/none"])
     vision = golden_minigpt4("llama2")["vision_encoder"]
     options = [
