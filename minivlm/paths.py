@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 WEIGHT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
-_PLACEHOLDER = re.compile(r"please set|(^|/)path/to(/|$)|^<.*>$", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"^please set (this|the) value|(^|/)path/to(/|$)|^<.*>$", re.IGNORECASE)
 
 
 def is_placeholder(path: str) -> bool:

@@ -24,7 +24,7 @@ def test_boxes_are_written_and_read_alike() -> None:
         ("{<10><20><30>}", []),
         ("{<30><20><10><40>}", []),
         ("{<10><20><30><140>}", []),
-        ("{<10><20><30><40>} <delim> {<1><1><1><1>}", [("", [A])]),
+        ("{<10><20><30><40>} <delim> {<2><1><1><1>}", [("", [A])]),
         ("<p>a boat {<10><20><30><40>}", [("", [A])]),
         ("<p> a boat </p>{<10><20><30><40>}", [("a boat", [A])]),
     ],
@@ -50,3 +50,5 @@ def test_overlap_and_the_metric() -> None:
     assert box_iou("{<0><0><10><4>}", right) == 0
     assert box_iou("{<50><50><60><60>}<delim>{<0><0><10><10>}", right) == 0, "the first one counts"
     assert box_iou("no idea", right) == 0
+    thin = write_boxes([scale_box([10, 10, 13, 40], 1000, 100)])
+    assert box_iou(thin, [thin]) == 1 and box_iou("{<2><10><2><40>}", [thin]) == 0

@@ -17,8 +17,8 @@ from minivlm.registry import suggest
 FOLDER = builtins.CONFIGS
 """Holds ``models/<arch>_<model_type>.yaml`` and ``datasets/<name>/<type>.yaml``.
 
-Beside ``model`` a file of the first kind may have a section ``run`` (how this family is trained) and name
-another file under ``base``.
+Beside ``model`` a file of the first kind may have sections ``run`` and ``demo`` (how this family is trained and
+talked to) and name another file under ``base``.
 """
 
 
@@ -92,11 +92,12 @@ def add_dataset_defaults(tree: Tree, problems: list[Problem]) -> Tree:
 
 
 def read_model(file: Path) -> Tree:
-    """The sections ``model`` and ``run`` of packaged defaults, over those of its ``base``."""
+    """The sections ``model``, ``run`` and ``demo`` of packaged defaults, over those of its ``base``."""
     tree = read_yaml(file)
     whole = _under(tree, ("model",))
-    if isinstance(tree.get(("run",)), dict):
-        whole = overlay(whole, _under(tree, ("run",)))
+    for section in ("run", "demo"):
+        if isinstance(tree.get((section,)), dict):
+            whole = overlay(whole, _under(tree, (section,)))
     base = tree.get(("base",))
     return whole if base is None else overlay(read_model(file.parent / base), whole, StageConfig)
 

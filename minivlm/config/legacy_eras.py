@@ -42,16 +42,24 @@ def is_v1(root: Mapping[str, Any]) -> bool:
 def implied(root: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """What a file of the old layout means without saying it: key -> (value, the reason).
 
-    Without prompts MiniGPT-4 trains on the bare picture and its caption; the packaged template is for a file
-    that has some.
+    Without prompts MiniGPT-4 trains on the bare picture and its caption, and without `chat_template: True`
+    MiniGPT-v2 on the bare instruction; the packaged templates are for files that say more.
     """
     model = section_of(root, "model")
-    trains = _TRAINING_KEYS & set(section_of(root, "run"))
-    captions = set(section_of(root, "datasets")) <= _CAPTIONS
-    prompts = any(model.get(key) for key in ("prompt_path", "prompt_template", "template"))
-    if not (trains and captions and is_old(root) and model.get("arch") in ("minigpt4", "mini_gpt4")) or prompts:
+    if not (_TRAINING_KEYS & set(section_of(root, "run")) and is_old(root)):
         return {}
-    return {"model.template.name": ("plain", "it names no prompts, so a caption follows the bare picture")}
+    template = any(model.get(key) for key in ("prompt_template", "template"))
+    if model.get("arch") == "minigpt_v2" and not (template or model.get("chat_template")):
+        why = "without chat_template: True an instruction stands bare in training"
+        wrapping = ("user_prefix", "user_suffix", "assistant_prefix")
+        talking = {"user_suffix": " ", "assistant_prefix": "[/INST]"}  # beside the prefix, which is its own
+        return {f"model.template.{key}": ("", why) for key in wrapping} | {
+            f"model.template.chat.{key}": (value, "talking is not changed by it") for key, value in talking.items()
+        }
+    captions = set(section_of(root, "datasets")) <= _CAPTIONS
+    if model.get("arch") in ("minigpt4", "mini_gpt4") and captions and not (template or model.get("prompt_path")):
+        return {"model.template.name": ("plain", "it names no prompts, so a caption follows the bare picture")}
+    return {}
 
 
 def carriers(root: Mapping[str, Any]) -> list[tuple[KeyPath, str]]:

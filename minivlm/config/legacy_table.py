@@ -168,7 +168,7 @@ _MODEL = (
         "the prompts in the file",
     ),
     Rule("model.prompt_template", _prompt_template),
-    Rule("model.chat_template", _chat_template, "the template itself says how a message is wrapped"),
+    Rule("model.chat_template", _chat_template, "the template says how a message is wrapped"),
     Rule("model.end_sym", _end_sym),
     Rule("model.max_txt_len", "model.processor.max_answer_tokens"),
     Rule("model.max_context_len", "model.processor.max_length"),
@@ -319,6 +319,7 @@ def _ratios(old: Old) -> New:
 
 
 _LAUNCHER = "torchrun says it"
+_NOT_RANKED = "a task generates answers; minivlm.evaluation.ranking ranks given ones"
 _RUN = (
     Rule("run.task", _task),
     Rule("run.runner", _runner, remark="run.max_steps is its length"),
@@ -334,11 +335,11 @@ _RUN = (
     Rule("run.val_freq", None, "it counted epochs; run.eval_freq counts steps, by default one epoch's"),
     Rule("run.save_last", None, "the last checkpoint is always kept"),
     Rule("run.train_dataset_ratios", _ratios),
-    Rule("run.use_dist_eval_sampler", None, "evaluation always uses all processes"),
+    Rule("run.use_dist_eval_sampler", None, "evaluation runs on the first process"),
     Rule("run.lr_layer_decay", None, "every part has one learning rate"),
     Rule("run.min_len", None, "an answer may be as short as the model likes"),
-    Rule("run.num_ans_candidates", None, "answers are generated, not ranked"),
-    Rule("run.inference_method", None, "answers are generated, not ranked"),
+    Rule("run.num_ans_candidates", None, _NOT_RANKED),
+    Rule("run.inference_method", None, _NOT_RANKED),
     Rule("run.prompt", None, "the dataset itself words its questions"),
     Rule("run.name", "run.job_name"),
     Rule("run.save_path", "run.output_dir"),

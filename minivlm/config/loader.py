@@ -165,7 +165,7 @@ class _Loading:
         stage, problems = validate(tree.values, StageConfig, tree.problem)
         if with_model is not None:
             problems += _missing_parts(tree)
-        problems += _cached_crops(tree)
+        problems += _cached_crops(tree) + _other_size(tree)
         self.problems += unresolved + [p for p in problems if (p.file, p.line, p.key) not in places_of]
         return stage
 
@@ -201,6 +201,15 @@ def _cached_crops(tree: Tree) -> list[Problem]:
         return []
     message = "a picture that is cropped at random has no features to keep; set random_crop: null"
     return [tree.problem(crop, f"{message} or run.feature_cache: null")]
+
+
+def _other_size(tree: Tree) -> list[Problem]:
+    """Pictures of a size that the encoder does not take."""
+    ours, theirs = ("model", "processor", "image", "size"), ("model", "vision_encoder", "image_size")
+    size, wanted = peek(tree, ours), peek(tree, theirs)
+    if not (isinstance(size, int) and isinstance(wanted, int)) or size == wanted:
+        return []
+    return [tree.problem(ours, f"pictures of {size} pixels for an encoder of {wanted} ({'.'.join(theirs)})")]
 
 
 def _belongs(key: str, tree: Tree) -> str:

@@ -44,23 +44,24 @@ def write_phrase(phrase: str, boxes: Iterable[Box]) -> str:
 def parse_boxes(text: str) -> list[tuple[str, list[Box]]]:
     """``(label, boxes)`` of every phrase with boxes, in the order of the text; a box without phrase has label "".
 
-    What is malformed, without area or outside of 0..100 is left out.
+    What is malformed, inside out or outside of 0..100 is left out. A thing thinner than a hundredth of the
+    picture has a box without width or height.
     """
     found = []
     for label, group in _GROUP.findall(text):
         boxes = [tuple(map(int, re.findall(r"\d+", box))) for box in re.findall(_BOX, group)]
-        good = [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes if 0 <= x0 < x1 <= 100 and 0 <= y0 < y1 <= 100]
+        good = [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes if 0 <= x0 <= x1 <= 100 and 0 <= y0 <= y1 <= 100]
         if good:
             found.append((label.strip(), good))
     return found
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes, from 0 to 1."""
+    """Intersection over union of two boxes, from 0 to 1; a box without area overlaps its like alone."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     shared = max(width, 0) * max(height, 0)
     both = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - shared
-    return shared / both if both > 0 else 0.0
+    return shared / both if both > 0 else float(tuple(a) == tuple(b))
 
 
 def box_iou(prediction: str, answers: Sequence[str]) -> float:

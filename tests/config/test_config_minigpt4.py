@@ -78,6 +78,13 @@ def test_what_must_be_given_is_asked_for_by_its_key(faults, minigpt4):
     assert len(lines) == 3
 
 
+def test_a_prompt_is_no_placeholder(write, minigpt4):
+    processor = "processor: {prompts: ['Please set out what you see.']}"
+    text = f"model: {{arch: minigpt4, model_type: pretrain_vicuna0, {processor}}}\n"
+    stage = load_config(write("x.yaml", text), PATHS).stages[0]
+    assert stage.model.processor.config.prompts == ["Please set out what you see."]
+
+
 def test_placeholders_are_refused_with_their_line(faults, minigpt4, prompts):
     text = STAGE2_V1.replace("/my/vicuna", "please set this value to the path of vicuna model")
     text = text.replace("/my/cc_sbu_align", "/path/to/cc_sbu_align/").replace("/my/stage1", "/path/to/stage1")

@@ -11,7 +11,9 @@ from helpers import RECORD_KINDS, golden_options
 from rich.console import Console
 
 from minivlm.config import ConfigError, load_config
+from minivlm.processors.template import Template
 from minivlm.runners.dry_run import dry_run
+from minivlm.types import Message
 
 VICUNA, LLAMA2, V2 = ("minigpt4", "pretrain_vicuna0"), ("minigpt4", "pretrain_llama2"), ("minigpt_v2", "pretrain")
 COMMON = ["run.device=cpu", "run.num_workers=0"]
@@ -64,6 +66,20 @@ def test_fine_tuning_of_minigpt_v2(write, minigpt4_data):
     assert stage.model.language_model.config.lora.r == 64 and stage.model.processor.config.max_answer_tokens == 1024
 
 
+@pytest.mark.parametrize("flag", ["  chat_template: False\n", ""])
+def test_instructions_stand_bare_without_the_chat_template(write, minigpt4_data, flag):
+    text = texts.V2_FINETUNE.replace("  chat_template: True\n", flag)
+    options = [*golden_options(*V2), "model.checkpoint=null", "run.output_dir=out", "run.batch_size_train=2"]
+    for kind, names in RECORD_KINDS.items():
+        options += [f"datasets.{name}.annotations={minigpt4_data}/{kind}.json" for name in names]
+    stage, said = shown(write, text, options)
+    assert "[INST]" not in said and "[caption]" in said
+    talk = Template(stage.model.template.config).render(
+        [Message("user", "Why?"), Message("assistant", None)], chat=True
+    )
+    assert [segment.text for segment in talk] == ["<s>[INST] Why? [/INST]"]
+
+
 def test_placeholders_of_the_fine_tuning_are_all_named(write):
     with pytest.raises(ConfigError) as caught:
         load_config(write("v2.yaml", texts.V2_FINETUNE))
@@ -83,7 +99,10 @@ def test_demo_files(write, text, model):
     assert stage.datasets == {} and "a model to talk to" in said
     image = stage.model.processor.config.image
     assert image.name == "blip2_image_eval" and image.config.random_crop is None
-    assert (stage.model.template.name == "minigpt4_vicuna0_v1") == ("mini_gpt4" in text)
+    v1 = "mini_gpt4" in text
+    assert (stage.model.template.name == "minigpt4_vicuna0_v1") == v1
+    assert (stage.demo.temperature, stage.demo.max_new_tokens) == ((0.6, 500) if model == V2 else (1.0, 300))
+    assert stage.demo.repetition_penalty == (1.0 if v1 else 1.05)
 
 
 def test_benchmark_evaluation(write, minigpt4_data):
@@ -101,3 +120,11 @@ def test_benchmark_evaluation(write, minigpt4_data):
     assert metrics["refcoco+"] == ("refcocop", "box_iou") and metrics["okvqa"] == ("ok_vqa", "vqa_accuracy")
     assert metrics["gqa"] == ("gqa", "exact_match") and set(metrics) == set(texts.BENCHMARKS)
     assert "[vqa]" in said and "[refer]" in said and said.count("4 samples; task vqa") == 9
+
+
+def test_pictures_of_another_size_than_the_encoder_takes(write):
+    text = texts.STAGE1.replace(
+        "model_type: pretrain_vicuna0\n", "model_type: pretrain_vicuna0\n  image_size: 448\n", 1
+    )
+    with pytest.raises(ConfigError, match=r"image_size: pictures of 224 pixels for an encoder of 448"):
+        load_config(write("x.yaml", text), ["model.language_model.path=somewhere"])
