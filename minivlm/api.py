@@ -139,11 +139,14 @@ def model_zoo() -> ModelZoo:
     return ModelZoo()
 
 
-def assemble(config: ModelConfig, *, meta: bool = False) -> tuple[VisionLanguageModel, VLMProcessor, ModelConfig]:
+def assemble(
+    config: ModelConfig, *, meta: bool = False, features_only: bool = False
+) -> tuple[VisionLanguageModel, VLMProcessor, ModelConfig]:
     """Model, processor and the complete ``model`` section; a checkpoint fills what the section leaves open.
 
     Files under ``weights:`` are loaded before the checkpoint; the main process prints a report of each, which
-    ``model.load_reports`` keeps. With ``meta`` the model holds no weights (for counting and dry runs).
+    ``model.load_reports`` keeps. With ``meta`` the model holds no weights (for counting and dry runs),
+    with ``features_only`` its language model may have none (to fill a feature cache).
     """
     folder = None
     if config.checkpoint and not is_weight_file(config.checkpoint):
@@ -164,7 +167,7 @@ def assemble(config: ModelConfig, *, meta: bool = False) -> tuple[VisionLanguage
             "(a model from scratch, by `config`, needs `tokenizer` instead)"
         )
     tokenizer = load_tokenizer(tokenizer_path, getattr(language, "revision", None))
-    model = build_model(config, len(tokenizer), meta=meta)
+    model = build_model(config, len(tokenizer), meta=meta, features_only=features_only)
     if model.language_model.vocab_size < len(tokenizer):
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} entries, but the language model embeds only "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     An old ``target`` stays as it is until then. On an error (a full disk, Ctrl-C) nothing is left behind.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.parent / f"{TEMPORARY}{target.name}-{os.getpid()}"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = _unfinished(target)
     unfinished.mkdir()
     replaced = None
     try:
@@ -31,7 +31,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             if file.is_file():
                 sync(file)
         if target.exists():
-            replaced = target.parent / f"{TEMPORARY}{target.name}-old-{os.getpid()}"
+            replaced = _unfinished(target)
             target.rename(replaced)
         unfinished.rename(target)
         if replaced is not None:
@@ -47,7 +47,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def atomic_file(target: Path) -> Iterator[Path]:
     """Write the yielded file; it becomes ``target`` only when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.parent / f"{TEMPORARY}{target.name}-{os.getpid()}"
+    unfinished = _unfinished(target)
     try:
         yield unfinished
         sync(unfinished)
@@ -55,6 +55,11 @@ def atomic_file(target: Path) -> Iterator[Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def _unfinished(target: Path) -> Path:
+    """A name that no other process takes, on this machine or another one of a shared folder."""
+    return target.parent / f"{TEMPORARY}{target.name}-{uuid.uuid4().hex}"
 
 
 def write_atomic(target: Path, content: str | bytes) -> None:

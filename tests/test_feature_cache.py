@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from golden_minigpt4 import golden_minigpt4
 from helpers import ROOT, losses, tiny_model, write_yaml
 from rich.console import Console
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from minivlm.api import assemble
 from minivlm.cli import cache as cache_command
@@ -26,6 +28,7 @@ from minivlm.config.loader import parse_model
 from minivlm.datasets import feature_cache, fill_cache
 from minivlm.datasets.feature_cache import FeatureCache, FeatureCacheError
 from minivlm.models.vlm import VisionLanguageModel
+from minivlm.processors import fingerprint
 from minivlm.processors import image as image_module
 from minivlm.processors import processor as processor_module
 from minivlm.processors.processor import VLMProcessor
@@ -219,14 +222,14 @@ def test_precision_and_code_give_another_cache(tmp_path: Path, monkeypatch: pyte
     names = {FeatureCache.for_model(tmp_path, model, processor, kind).folder for kind in ("fp32", "bf16")}
     assert len(names) == 2
     code = tmp_path / "qformer.py"
-    getfile = feature_cache.inspect.getfile
+    getfile = fingerprint.inspect.getfile
 
     def edited(kind: type) -> str:
         return str(code) if kind.__name__ == "QFormerConnector" else getfile(kind)
 
     for text in ("a = 1", "a = 2"):
         code.write_text(text)
-        monkeypatch.setattr(feature_cache.inspect, "getfile", edited)
+        monkeypatch.setattr(fingerprint.inspect, "getfile", edited)
         names.add(FeatureCache.for_model(tmp_path, model, processor, "fp32").folder)
     assert len(names) == 4
 
@@ -236,6 +239,42 @@ def test_what_trains_does_not_matter(tmp_path: Path) -> None:
         model.connector.linear.weight.mul_(2)
 
     assert folder(tmp_path, trained) == folder(tmp_path)
+
+
+NO_CHANGES: dict[str, dict[str, Any]] = {
+    "recomputation": {"vision_encoder": tiny_model()["vision_encoder"] | {"gradient_checkpointing": True}},
+    "dropout of the Q-Former": {"connector": {**QFORMER, "dropout": 0.3}},
+}
+
+
+@pytest.mark.parametrize("what", NO_CHANGES)
+def test_settings_of_training_give_the_same_cache(what: str, tmp_path: Path) -> None:
+    assert typed_folder(tmp_path) == typed_folder(tmp_path, **NO_CHANGES[what])
+
+
+def test_drop_path_of_a_frozen_encoder_gives_the_same_cache(tmp_path: Path) -> None:
+    sections = [golden_minigpt4(checkpoint=None, drop_path_rate=rate) for rate in (0.0, 0.5)]
+    assert len({typed_folder(tmp_path, **section) for section in sections}) == 1
+
+
+def test_the_content_of_a_folder_counts_and_not_its_name(tmp_path: Path) -> None:
+    CLIPVisionModel(CLIPVisionConfig(**tiny_model()["vision_encoder"]["config"])).save_pretrained(tmp_path / "a")
+    for name in ("b", "c"):
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    (tmp_path / "c" / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
+    nodes = [{"name": "hf", "path": str(tmp_path / name), "freeze": True} for name in "abc"]
+    a, b, c = (typed_folder(tmp_path, vision_encoder=node) for node in nodes)
+    assert a == b != c, "other heads with the same weights are another encoder"
+
+
+def typed_folder(root: Path, **sections: Any) -> str:
+    """Name of the cache of a model as a run computes it."""
+    torch.manual_seed(0)
+    model, processor, config = assemble(parse_model({**tiny_model(), "connector": dict(QFORMER), **sections}, "test"))
+    assert config.vision_encoder and config.connector
+    settings = {"vision_encoder": config.vision_encoder.config, "connector": config.connector.config}
+    return FeatureCache.for_model(root, model, processor, "fp32", settings).folder.name
 
 
 def test_settings_tell_encoders_without_weights_apart() -> None:
@@ -405,8 +444,31 @@ def test_the_command_needs_a_folder(
     assert "--options run.feature_cache=" in capsys.readouterr().err
 
 
+def test_a_picture_that_changes_while_the_cache_is_filled_is_bad(llava_data: Path, tmp_path: Path) -> None:
+    """Its features must not be kept as those of the old content."""
+    model, processor = build()
+    images = [Path(shutil.copy(llava_data / "images" / f"{n}.png", tmp_path)) for n in (0, 1)]
+    samples = [Sample(image.stem, [], [image]) for image in images]
+    keys = [processor.image_key(image) for image in images]
+    load, changed = processor.load_pixels, False
+
+    def load_pixels(image: Any, seed: str | None = None) -> dict[str, torch.Tensor]:
+        nonlocal changed
+        if image == images[0] and not changed:
+            changed = True
+            shutil.copy(llava_data / "images" / "2.png", image)
+            os.utime(image, (1, 1))
+        return load(image, seed)
+
+    processor.load_pixels = load_pixels  # type: ignore[method-assign]
+    cache = FeatureCache.for_model(tmp_path / "cache", model, processor)
+    done = fill_cache.fill_cache(cache, model, processor, [samples])
+    assert list(done.bad) == ["0"] and "changed while the cache was filled" in done.bad["0"]
+    assert list(done.unreadable) == keys[:1] and done.encoded == 1
+    assert keys[0] not in cache and keys[1] in cache
+
+
 def test_a_picture_that_could_not_be_encoded_stays_bad(llava_data: Path, tmp_path: Path) -> None:
-    """Repaired while a run goes on, it would be the only one of its batch without features."""
     model, processor = build()
     image = llava_data / "images" / "0.png"
     cache = FeatureCache.for_model(tmp_path, model, processor)

@@ -26,7 +26,7 @@ from minivlm.config import load_config
 from minivlm.config.loader import parse_model
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.configs import LavisDatasetConfig
-from minivlm.datasets.feature_cache import FeatureCache, frozen_parts
+from minivlm.datasets.feature_cache import FeatureCache, FeatureCacheError, frozen_parts
 from minivlm.datasets.fill_cache import fill_cache
 from minivlm.datasets.lavis import LavisBuilder
 from minivlm.doctor import main as doctor
@@ -243,6 +243,30 @@ def test_a_process_that_ends_is_reported_and_replaced() -> None:
         encoder("fake_forward")
 
 
+class Code:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_files_of_weights_run_no_code(tmp_path: Path) -> None:
+    """Neither those that are named to us nor those that only LAVIS's own configuration names."""
+    ran, file = tmp_path / "ran", tmp_path / "evil.pth"
+    torch.save({"model": {"weight": torch.ones(3), "more": Code(ran)}}, file)
+    with pytest.raises(ModelError, match=r"evil\.pth is not loaded, since it is no file of weights, or holds code"):
+        encoder(checkpoint=str(file))
+    with pytest.raises(ModelError, match="Weights only load failed"):
+        encoder(options={"pretrained": str(file)})
+    assert not ran.exists()
+    with pytest.raises(FileExistsError):
+        ran.mkdir()
+        torch.load(file, weights_only=False)  # as it would have been
+
+
 def test_an_answer_that_does_not_come(tmp_path: Path) -> None:
     encoder()  # LAVIS is imported
     start = time.monotonic()
@@ -317,6 +341,7 @@ def test_no_interpreter(python: str | None, reason: str, monkeypatch: pytest.Mon
         ("salesforce-lavis", None, "salesforce-lavis is not installed"),
         ("transformers", "5.23.0", r"transformers 5\.23\.0 is installed, needed 4\.25 or 4\.26"),
         ("timm", "1.0.31", r"timm 1\.0\.31 is installed, needed 0\.4\.12"),
+        ("torch", "2.5.1+cpu", r"torch 2\.5\.1\+cpu is installed, needed 2\.6 or later"),
     ],
 )
 def test_wrong_versions(name: str, version: str | None, reason: str, tmp_path: Path) -> None:
@@ -378,10 +403,18 @@ def test_pictures_go_through_the_processor() -> None:
 
 def test_random_processors_follow_the_seed() -> None:
     picture, transform = Image.new("RGB", (40, 40)), image_transform("fake_image_train")
-    torch.manual_seed(3)
-    first, second = transform(picture), transform(picture)
-    torch.manual_seed(3)
-    assert torch.equal(transform(picture), first) and not torch.equal(first, second)
+    before = torch.get_rng_state()
+    first, second, none = transform(picture, "7/a/0"), transform(picture, "7/b/0"), transform(picture)
+    assert torch.equal(transform(picture, "7/a/0"), first) and not torch.equal(first, second)
+    assert torch.equal(transform(picture), none) and not torch.equal(none, first)
+    assert torch.equal(torch.get_rng_state(), before), "a resumed training would go on with other numbers"
+
+
+def test_a_cache_refuses_random_processors(tmp_path: Path) -> None:
+    node = {"name": "lavis", "processor": "fake_image_train"}
+    model, processor, _ = assemble(parse_model({**section(), "processor": {"image": node}}, "test"))
+    with pytest.raises(FeatureCacheError, match=r"LAVIS's processor for evaluation \(\*_eval\)"):
+        FeatureCache.for_model(tmp_path, model, processor)
 
 
 def test_a_model_with_a_processor_of_lavis() -> None:
@@ -472,6 +505,20 @@ def test_items_become_samples(lavis_data: dict[str, Any]) -> None:
     assert len(builder(lavis_data, max_samples=2).build("train")) == 2
     processed = builder(lavis_data, text_processor="fake_text").build("train")
     assert processed[0].messages[0].content == "fake_text: a red square"
+
+
+def test_pictures_outside_the_folder_are_refused(lavis_data: dict[str, Any], tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    (images / "sub").mkdir(parents=True)
+    for place in (images / "a.png", tmp_path / "secret.png"):
+        Image.new("RGB", (8, 8)).save(place)
+    names = ["a.png", "sub/../a.png", str(images / "a.png"), "../secret.png", str(tmp_path / "secret.png")]
+    (tmp_path / "train.json").write_text(json.dumps([{"image": name, "caption": "x"} for name in names]))
+    samples = builder(lavis_data, images=str(images)).build("train")
+    assert [samples[index].images for index in range(3)] == [[images / "a.png"]] * 3
+    for index in (3, 4):
+        with pytest.raises(SampleError, match=rf"train/{index}.*'\.\./secret\.png' leaves the folder `images`"):
+            samples[index]
 
 
 def test_long_datasets_come_in_pieces(lavis_data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

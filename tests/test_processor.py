@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
+from minivlm.processors import fingerprint
 from minivlm.processors.configs import ImageConfig, ProcessorConfig, TemplateConfig
 from minivlm.processors.image import ImageTransform, image_hash, open_image, pad_to_square
 from minivlm.processors.processor import VLMProcessor
@@ -478,15 +479,42 @@ def test_cached_features_stand_for_pixels() -> None:
     assert batch.features[:, 0, 0].tolist() == [1, 0, 1]
 
 
-def test_a_sample_with_one_unknown_picture_is_not_taken_from_the_cache() -> None:
+def test_a_sample_with_a_picture_that_the_cache_lacks_is_a_bad_one() -> None:
     p = processor()
     p.feature_cache = Cache({image_hash(RED): torch.ones(5, 2)})
-    both = p.encode(sample("<image><image>", "no", images=[RED, BLUE]))
-    assert both.features is None and len(both.pixels["image"]) == 2
-    known = p.encode(sample("<image>", "no", images=[RED]))
-    assert known.features is not None and known.pixels == {}
-    with pytest.raises(ValueError, match="mixes cached and uncached pictures"):
-        p.collate([known, both])
+    for encode in (p.encode, p.prompt_sample):
+        with pytest.raises(SampleError, match="is not in the feature cache: the file has changed or appeared"):
+            encode(sample("<image><image>", "no", images=[RED, BLUE]))
+    known, text = p.encode(sample("<image>", "no", images=[RED])), p.encode(sample("why", "no"))
+    batch = p.collate([known, text])
+    assert known.pixels == {} and batch.num_images == 1 and batch.features is not None
+
+
+def test_only_transforms_that_take_a_seed_get_one() -> None:
+    p, seeds = processor(), []
+
+    class Own:
+        def __call__(self, image: Image.Image, seed: str | None = None) -> torch.Tensor:
+            seeds.append(seed)
+            return torch.zeros(3, 4, 4)
+
+    p.transforms = {"own": Own(), "plain": lambda image: torch.ones(3, 4, 4)}  # type: ignore[dict-item]
+    assert p.load_pixels(RED, "7")["plain"].sum() == 48 and p.load_pixels(RED)["own"].sum() == 0
+    assert seeds == ["7", None]
+
+
+def test_the_fingerprint_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(ImageTransform):
+        pass
+
+    def prints() -> list[str]:
+        return [kind(ImageConfig(), {"size": 4, **HALF}).fingerprint for kind in (ImageTransform, Own)]
+
+    before, getfile, code = prints(), fingerprint.inspect.getfile, tmp_path / "image.py"
+    assert before == prints()
+    code.write_text("a = 2")
+    monkeypatch.setattr(fingerprint.inspect, "getfile", lambda k: str(code) if k is ImageTransform else getfile(k))
+    assert not set(before) & set(prints()), "also that of the class below"
 
 
 def test_a_missing_picture_is_a_bad_sample_with_a_cache_too(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ harm.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import inspect
 import json
 import time
 import uuid
@@ -23,12 +23,20 @@ from torch import Tensor, nn
 from minivlm import __version__
 from minivlm.io import TEMPORARY, write_atomic, write_json
 from minivlm.models.vlm import VisionLanguageModel
+from minivlm.processors.fingerprint import code_of
 from minivlm.processors.processor import VLMProcessor
 
 FORMAT = 2
 ABOUT = "about.json"
 STALE_SECONDS = 600
 """A file takes seconds to write; an unfinished one of this age was left behind by a kill."""
+WITHOUT_EFFECT = frozenset(
+    {"path", "revision", "weights", "checkpoint", "pretrained"}  # the weights themselves are hashed
+    | {"gradient_checkpointing", "drop_path_rate", "dropout"}  # of training
+)
+"""Settings that do not change what a frozen part says of a picture."""
+INERT = ("Dropout", "DropPath", "Identity")
+"""Modules that do nothing in a frozen part, which is always in eval mode."""
 
 
 class FeatureCacheError(ValueError):
@@ -63,15 +71,15 @@ class FeatureCache:
         """The cache of what is frozen in a model, run in ``precision``, behind its processor's transform.
 
         ``settings`` are the configurations of ``vision_encoder`` and ``connector``, which tell parts without
-        weights apart. Raises :class:`FeatureCacheError` if the encoder trains, and if ``root`` is itself the
-        folder of one cache.
+        weights apart. Raises :class:`FeatureCacheError` if the encoder trains, if a transform draws at random,
+        and if ``root`` is itself the folder of one cache.
         """
         if not model.is_frozen("vision_encoder"):
             raise FeatureCacheError("run.feature_cache needs a frozen encoder: set model.vision_encoder.freeze: true")
-        if any(getattr(t, "random_crop", None) for t in processor.transforms.values()):
+        if any(getattr(t, "is_random", False) for t in processor.transforms.values()):
             raise FeatureCacheError(
-                "run.feature_cache keeps what an encoder says of whole pictures: set "
-                "model.processor.image.random_crop: null"
+                "run.feature_cache keeps what an encoder says of a picture, so it must be the same every time: set "
+                "model.processor.image.random_crop: null, or take LAVIS's processor for evaluation (*_eval)"
             )
         if (Path(root) / ABOUT).is_file():
             raise FeatureCacheError(
@@ -122,8 +130,7 @@ class FeatureCache:
     def get(self, key: str) -> Tensor | None:
         """Features [tokens, channels] of a picture in half precision, or None if it is not cached.
 
-        Raises OSError for a picture that could not be read when the cache was filled (it would be the only one
-        of its batch without features), and
+        Raises OSError for a picture that could not be read when the cache was filled, with that reason, and
         :class:`FeatureCacheError` if a file has gone.
         """
         if key in self.unreadable:
@@ -200,22 +207,28 @@ def frozen_parts(model: VisionLanguageModel, settings: Mapping[str, Any]) -> dic
     return {
         part: {
             "class": type(modules[0]).__qualname__,
-            "settings": repr(settings.get(part)),
+            "settings": repr(_settings(settings.get(part), getattr(model, part))),
             "hash": _hash(modules, state),
         }
         for part, (modules, state) in parts.items()
     }
 
 
+def _settings(given: Any, module: nn.Module) -> dict[str, Any]:
+    """Settings of a part that have an effect; the content of a folder's config.json stands for its name."""
+    if dataclasses.is_dataclass(given):
+        given = {field.name: getattr(given, field.name) for field in dataclasses.fields(given) if field.repr}
+    kept = {key: value for key, value in (given or {}).items() if key not in WITHOUT_EFFECT}
+    inside: Any = getattr(getattr(module, "model", None), "config", None)
+    if hasattr(inside, "to_diff_dict"):
+        named = ("_name_or_path", "transformers_version")
+        kept["transformers"] = {key: value for key, value in inside.to_diff_dict().items() if key not in named}
+    return kept
+
+
 def _hash(modules: Iterable[nn.Module], state: Mapping[str, Tensor]) -> str:
     """Hash of the files that define the modules' classes, and of weights."""
-    code = set()
-    for kind in {type(module) for module in modules}:
-        try:
-            code.add(Path(inspect.getfile(kind)).read_bytes())
-        except (OSError, TypeError):  # of an interactive session
-            code.add(kind.__qualname__.encode())
-    digest = hashlib.sha1(b"".join(sorted(code)))
+    digest = hashlib.sha1(code_of({type(module) for module in modules if type(module).__name__ not in INERT}))
     for name, tensor in state.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -121,11 +121,15 @@ class _Pictures(Dataset[tuple[str, "dict[str, Tensor] | None", str, str]]):
 
     def __getitem__(self, item: int) -> tuple[str, dict[str, Tensor] | None, str, str]:
         source, index, number = self.places[item]
-        sample = source[index]
+        key, sample = self.keys[item], source[index]
+        image = sample.images[number]
         try:
-            return self.keys[item], self.processor.load_pixels(sample.images[number]), sample.id, ""
+            pixels = self.processor.load_pixels(image)
+            if self.processor.image_key(image) != key:  # else another picture's features would bear this key
+                raise OSError(f"picture {image} changed while the cache was filled")
         except OSError as error:
-            return self.keys[item], None, sample.id, str(error)
+            return key, None, sample.id, str(error)
+        return key, pixels, sample.id, ""
 
 
 def _together(items: list[Any]) -> tuple[list[str], dict[str, Tensor], list[tuple[str, str, str]]]:

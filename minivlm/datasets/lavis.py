@@ -7,12 +7,14 @@ opened here like those of every other dataset.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minivlm.datasets.base import DatasetBuilder, DatasetError
 from minivlm.datasets.configs import LavisDatasetConfig
+from minivlm.datasets.records import check_images
 from minivlm.lavis.client import LavisError, absolute, request
 from minivlm.registry import suggest
 from minivlm.types import IMAGE_MARKER, Message, Sample, SampleError
@@ -61,7 +63,7 @@ class LavisBuilder(DatasetBuilder[LavisDatasetConfig]):
         while len(records) < stop:
             end = min(len(records) + RECORDS_PER_REQUEST, stop)
             records += self._ask("records", split=split, start=len(records), stop=end)["records"]
-        return LavisDataset(f"{self.config.builder}/{split}", records, self.config.answer)
+        return LavisDataset(f"{self.config.builder}/{split}", records, self.config.answer, self.spec["images"])
 
     def _ask(self, command: str, **fields: Any) -> Any:
         try:
@@ -71,16 +73,19 @@ class LavisBuilder(DatasetBuilder[LavisDatasetConfig]):
 
 
 class LavisDataset(Sequence[Sample]):
-    """Items of one split as samples; the records are kept as JSON, which is small and quick to pickle."""
+    """Items of one split as samples; the records are kept as JSON, which is small and quick to pickle.
 
-    def __init__(self, name: str, records: list[str], answer: str | None):
-        self.name, self.records, self.answer = name, records, answer
+    With ``folder``, the absolute path of the pictures, a picture elsewhere is refused.
+    """
+
+    def __init__(self, name: str, records: list[str], answer: str | None, folder: str | None = None):
+        self.name, self.records, self.answer, self.folder = name, records, answer, folder
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        """Sample ``index``; raises :class:`SampleError` if LAVIS could not read the item or it has no text."""
+        """Sample ``index``; raises :class:`SampleError` if LAVIS could not read it, or for a wrong picture or text."""
         sample_id = f"{self.name}/{index}"
         record = json.loads(self.records[index])
         if "error" in record:
@@ -89,6 +94,9 @@ class LavisDataset(Sequence[Sample]):
         images = [Path(path) for path in record["images"]]
         if not images:
             raise SampleError(sample_id, f"LAVIS's item has no picture (its keys: {', '.join(sorted(fields))})")
+        if self.folder is not None:
+            for complaint in check_images([os.path.relpath(path, self.folder) for path in images]):
+                raise SampleError(sample_id, complaint)
         meta = {key: fields[key] for key in ("image_id", "question_id") if key in fields}
         keys = [key for key in ([self.answer] if self.answer else ANSWERS) if fields.get(key) not in (None, "", [])]
         if keys:

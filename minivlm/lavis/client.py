@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -32,7 +33,9 @@ ACCEPTED: dict[str, tuple[str, ...]] = {
     "torch": ("",),
     "numpy": ("",),
 }
-"""How the versions begin that LAVIS 1.0.2 works with (its own pins; any torch and numpy)."""
+"""How the versions begin that LAVIS 1.0.2 works with (its own pins; any numpy, torch from ``MIN_TORCH`` on)."""
+MIN_TORCH = (2, 6)
+"""Before, code in a file of weights could run in spite of ``weights_only`` (CVE-2025-32434)."""
 HOW_TO = f"""\
 LAVIS needs an environment of its own. In the folder of minivlm's repository:
   python3.11 -m venv .venv-lavis
@@ -100,6 +103,10 @@ def wrong_versions(versions: Mapping[str, str | None]) -> list[str]:
             problems.append(f"{name} is not installed")
         elif not version.startswith(starts):
             problems.append(f"{name} {version} is installed, needed {' or '.join(s.rstrip('.') for s in starts)}")
+        elif name == "torch" and tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < MIN_TORCH:
+            problems.append(
+                f"torch {version} is installed, needed 2.6 or later, which runs no code from files of weights"
+            )
     return problems
 
 

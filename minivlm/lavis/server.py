@@ -18,6 +18,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import platform
 import random
 import runpy
@@ -97,11 +98,28 @@ _datasets: dict[str, Any] = {}
 def lavis_registry() -> Any:
     """LAVIS's registry; imports LAVIS on the first call and runs the user's file."""
     _load_file(Path(__file__).resolve().parents[1] / "torchvision_guard.py").install()
+    _load_tensors_only()
     from lavis.common.registry import registry  # with all of LAVIS, whose parts register themselves
 
     for file in sys.argv[1:]:
         runpy.run_path(file)
     return registry
+
+
+def _load_tensors_only() -> None:
+    """Let ``torch.load`` run no code from files, whoever calls it and whatever the caller asks for."""
+    import torch
+
+    load = torch.load
+    if getattr(load, "tensors_only", False):
+        return
+
+    @functools.wraps(load)
+    def load_tensors(*arguments: Any, **options: Any) -> Any:
+        return load(*arguments, **{**options, "weights_only": True})
+
+    load_tensors.tensors_only = True  # type: ignore[attr-defined]
+    torch.load = load_tensors
 
 
 def _load_file(path: Path) -> Any:
@@ -155,10 +173,11 @@ class Model:
         sizes = {} if image_size is None else {"image_size": image_size}
         files = {} if checkpoint is None else dict.fromkeys(FILES, checkpoint)
         config = OmegaConf.merge(whole.model, options, sizes, files)
+        shapes = None if checkpoint is None else _read_shapes(checkpoint)
         torch.manual_seed(0)  # weights that no file fills are the same in every process
         model = cls.from_config(config)
-        if checkpoint is not None:
-            _check_file(model, checkpoint)
+        if shapes is not None:
+            _check_fit(model, shapes, str(checkpoint))
         if device == "auto":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
@@ -232,17 +251,27 @@ def _without_files(config: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in FILES}
 
 
-def _check_file(model: Any, checkpoint: str) -> None:
-    """LAVIS loads whatever fits and says nothing; a file of which nothing fits is refused here."""
+def _read_shapes(checkpoint: str) -> dict[str, Any]:
+    """Shape by name of a file's tensors; a file that holds code or no tensors is refused."""
     import torch
 
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(checkpoint))
-    state = state.get("model", state)
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(checkpoint))
+    except pickle.UnpicklingError as error:
+        raise Refused(
+            f"{checkpoint} is not loaded, since it is no file of weights, or holds code beside them"
+        ) from error
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    return {key: tensor.shape for key, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _check_fit(model: Any, shapes: dict[str, Any], checkpoint: str) -> None:
+    """LAVIS loads whatever fits and says nothing; a file of which nothing fits is refused here."""
     own = model.state_dict()
-    fitting = sum(key in own and own[key].shape == tensor.shape for key, tensor in state.items())
+    fitting = sum(key in own and own[key].shape == shape for key, shape in shapes.items())
     if not fitting:
-        raise Refused(f"{checkpoint} belongs to another model: none of its {len(state)} tensors fits")
-    print(f"{checkpoint}: {fitting} of {len(state)} tensors fit, the model has {len(own)}")
+        raise Refused(f"{checkpoint} belongs to another model: none of its {len(shapes)} tensors fits")
+    print(f"{checkpoint}: {fitting} of {len(shapes)} tensors fit, the model has {len(own)}")
 
 
 def picture_settings(name: str, processor: Any) -> dict[str, Any]:

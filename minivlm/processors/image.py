@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from minivlm.processors.configs import ImageConfig
+from minivlm.processors.fingerprint import code_of
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,11 @@ class ImageTransform:
         self.std = [float(x) for x in settings["std"]]
         self.random_crop = config.random_crop
 
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws at random in training."""
+        return self.random_crop is not None
+
     def __call__(self, image: Image.Image, seed: str | None = None) -> torch.Tensor:
         """RGB picture -> float32 [3, size, size].
 
@@ -106,8 +112,9 @@ class ImageTransform:
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the transform would give other pixels."""
-        return hashlib.sha1(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()[:12]
+        """Changes whenever the transform would give other pixels: with its settings and its code."""
+        settings = json.dumps(vars(self), sort_keys=True).encode()
+        return hashlib.sha1(settings + code_of(type(self).__mro__)).hexdigest()[:12]
 
 
 def resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:

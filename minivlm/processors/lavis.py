@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 class LavisImageTransform:
     """A picture processor of LAVIS in the place of :class:`~minivlm.processors.image.ImageTransform`.
 
-    Processors that draw at random (``*_train``) are seeded from torch's generator, so a run can be repeated. Every
-    worker of a DataLoader starts a process with LAVIS of its own.
+    Every worker of a DataLoader starts a process with LAVIS of its own.
     """
 
     def __init__(self, config: LavisImageConfig, encoder_settings: Mapping[str, Any]):
@@ -32,13 +31,21 @@ class LavisImageTransform:
         self.size: int = encoder_settings["size"]
         self.processor = {"name": config.processor, "options": {**defaults, **config.options}}
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """RGB picture -> float32 [3, size, size]; raises :class:`LavisError`."""
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws at random, as LAVIS's processors for training do."""
+        return str(self.processor["name"]).endswith("_train")
+
+    def __call__(self, image: Image.Image, seed: str | None = None) -> torch.Tensor:
+        """RGB picture -> float32 [3, size, size]; ``seed`` decides what is drawn at random, None is one more seed.
+
+        Raises :class:`LavisError`.
+        """
         import torch
 
-        seed = int(torch.randint(2**31, ()))
+        number = int(hashlib.sha1(str(seed).encode()).hexdigest()[:7], 16)
         picture = {"picture": np.asarray(image)}
-        _, arrays = request(self.environment, "picture", picture, processor=self.processor, seed=seed)
+        _, arrays = request(self.environment, "picture", picture, processor=self.processor, seed=number)
         pixels = torch.from_numpy(arrays["pixels"])
         if pixels.shape != (3, self.size, self.size):
             raise LavisError(

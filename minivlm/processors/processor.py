@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,7 +36,7 @@ class VLMProcessor:
     """Template, tokenizer and picture transforms of one model.
 
     ``transforms`` has one entry for every picture input of the encoder. ``feature_cache`` may be set; then
-    pictures that it knows are neither decoded nor transformed.
+    pictures are neither decoded nor transformed, and one that it lacks makes its sample a bad one.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class VLMProcessor:
         """Every input of the encoder, [3, H, W] each, of one picture; ``seed`` as for :class:`ImageTransform`."""
         opened = open_image(image)
         return {
-            name: transform(opened, seed) if getattr(transform, "random_crop", None) else transform(opened)
+            name: transform(opened, seed) if _takes_seed(transform) else transform(opened)
             for name, transform in self.transforms.items()
         }
 
@@ -221,14 +222,20 @@ class VLMProcessor:
 
     def _add_images(self, encoded: Encoded, images: Sequence[Any], seed: int | None) -> None:
         if self.feature_cache is not None and images:
-            cached = [self.feature_cache.get(self.image_key(image)) for image in images]
-            if all(item is not None for item in cached):
-                encoded.features = [item for item in cached if item is not None]
-                return
+            encoded.features = [self._cached(self.feature_cache, image) for image in images]
+            return
         for number, image in enumerate(images):
             own = None if seed is None else f"{seed}/{encoded.sample_id}/{number}"
             for name, pixels in self.load_pixels(image, own).items():
                 encoded.pixels.setdefault(name, []).append(pixels)
+
+    def _cached(self, cache: FeatureLookup, image: Any) -> torch.Tensor:
+        features = cache.get(self.image_key(image))
+        if features is None:  # pixels instead would not go into one batch with features
+            raise OSError(
+                f"picture {image} is not in the feature cache: the file has changed or appeared since it was filled"
+            )
+        return features
 
     def _limit(self, encoded: Encoded) -> None:
         """Cut text behind the last picture, never a picture."""
@@ -255,8 +262,13 @@ class VLMProcessor:
             )
 
 
+def _takes_seed(transform: Any) -> bool:
+    """A user's own transform may have no use for one."""
+    return "seed" in inspect.signature(transform).parameters
+
+
 def _stack_images(samples: Sequence[Encoded]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """All pictures of a batch: pixels by input name, or cached features when every sample has them."""
+    """All pictures of a batch: pixels by input name, or cached features."""
     import torch
 
     with_images = [s for s in samples if s.tokens_per_image]
@@ -264,9 +276,5 @@ def _stack_images(samples: Sequence[Encoded]) -> tuple[dict[str, torch.Tensor], 
         return {}, None
     if all(s.features is not None for s in with_images):
         return {}, torch.stack([f.float() for s in with_images for f in s.features or ()])
-    if any(s.features is not None for s in with_images):
-        raise ValueError(
-            "a batch mixes cached and uncached pictures: delete the folder of run.feature_cache and run again"
-        )
     names = with_images[0].pixels
     return {name: torch.stack([p for s in with_images for p in s.pixels[name]]) for name in names}, None

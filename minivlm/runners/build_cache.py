@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from rich.console import Console
 from rich.text import Text
 
 from minivlm.api import assemble, resolve_device
-from minivlm.config.experiment import Experiment, StageConfig
+from minivlm.checkpoints.native import find_model_folder
+from minivlm.config.experiment import Experiment, ModelConfig, StageConfig
 from minivlm.datasets.feature_cache import FeatureCacheError
-from minivlm.models.vlm import VisionLanguageModel
+from minivlm.models.vlm import PARTS, VisionLanguageModel
+from minivlm.paths import is_weight_file
 from minivlm.processors.processor import VLMProcessor
 from minivlm.runners.engines import make_engine
 from minivlm.runners.experiment import Splits, is_main_process
@@ -35,7 +40,7 @@ def build_caches(experiment: Experiment, console: Console) -> None:
     for stage in experiment.stages:
         goes_on = stage is not experiment.stages[0] and stage.model.checkpoint in (None, start)
         seed_everything(stage.run.seed)  # as a run does, so that parts without weights come out the same
-        model, processor, stage.model = assemble(stage.model)
+        model, processor, stage.model = _assemble(stage, console)
         frozen = _frozen(model)
         if goes_on and not frozen <= frozen_so_far:
             names = ", ".join(sorted(frozen - frozen_so_far))
@@ -45,6 +50,32 @@ def build_caches(experiment: Experiment, console: Console) -> None:
         frozen_so_far &= frozen
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _assemble(stage: StageConfig, console: Console) -> tuple[VisionLanguageModel, VLMProcessor, ModelConfig]:
+    """What the features need of a stage's model: no language model, nor a checkpoint that does not change them."""
+    config = stage.model
+    path = config.checkpoint
+    if not path or is_weight_file(path) or Path(path).exists() or not all(getattr(config, part) for part in PARTS):
+        return assemble(config, features_only=True)
+    found = assemble(replace(config, checkpoint=None), features_only=True)
+    if not _has_bases(found[0]):
+        find_model_folder(path)  # raises: it is missing, and needed
+    console.print(
+        f"{stage.name}: there is no {path} yet; it is taken to leave what is frozen as its own files give it",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return found
+
+
+def _has_bases(model: VisionLanguageModel) -> bool:
+    """Whether files of their own give the frozen encoder, and the front if it is frozen, all their weights."""
+    encoder, connector = model.vision_encoder, model.connector
+    if not model.is_frozen("vision_encoder") or encoder.source is None or encoder.unsourced:
+        return False
+    beyond = {name.split(".")[0] for name in connector.unsourced}
+    return not model.has_frozen_front or (connector.source is not None and beyond.isdisjoint(connector.front_names))
 
 
 def _frozen(model: VisionLanguageModel) -> set[str]:

@@ -38,7 +38,7 @@ class FakeModel(torch.nn.Module):
         model.image_size = config.image_size
         model.weight = torch.nn.Parameter(torch.full((3,), float(config.get("scale", 1.0))))
         if config.pretrained:
-            model.load_state_dict(torch.load(config.pretrained)["model"], strict=False)
+            model.load_state_dict(torch.load(config.pretrained, weights_only=False)["model"], strict=False)
         return model
 
     def pool(self, pixels):
