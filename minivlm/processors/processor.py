@@ -69,13 +69,16 @@ class VLMProcessor:
             raise SampleError(sample.id, "nothing is supervised: no answer, or it was cut off")
         return encoded
 
-    def prompt_sample(self, sample: Sample) -> Encoded:
-        """The generation prompt of a sample: its messages with the last answer left open."""
+    def prompt_sample(self, sample: Sample, *, chat: bool = False) -> Encoded:
+        """The generation prompt of a sample: its messages with the last answer left open.
+
+        ``chat`` selects the template's form for talking.
+        """
         messages = self._with_prompt(sample, 0)
         if messages and messages[-1].role == "assistant":
             messages.pop()
         messages.append(Message("assistant", None))
-        encoded = self._encode(sample.id, messages, sample.images, chat=False)
+        encoded = self._encode(sample.id, messages, sample.images, chat=chat)
         self._refuse_long(encoded)
         return encoded
 

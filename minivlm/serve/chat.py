@@ -148,7 +148,7 @@ class Chat:
         messages = [*state.messages, Message("user", text)]
         batch = self.processor.prompt(messages, images, encoded_images=state.num_images)
         settings = self.options | options
-        limit, used = self._context_length(), batch.input_ids.shape[1]
+        limit, used = self.context_length(), batch.input_ids.shape[1]
         if self.on_overflow == "cut_left":
             settings["keep_last"] = self._room(batch, limit - settings["max_new_tokens"])
             return _Turn(state, messages, batch, settings)
@@ -173,7 +173,7 @@ class Chat:
             )
         return room
 
-    def _context_length(self) -> int:
+    def context_length(self) -> int:
         """The smallest limit of the processor, the chat and the model."""
         hf: Any = getattr(getattr(self.model.language_model, "model", None), "config", None)
         text = hf.get_text_config() if hasattr(hf, "get_text_config") else hf
@@ -193,7 +193,7 @@ class Chat:
         import torch
         from transformers import StoppingCriteriaList
 
-        options = self.processor.generation_options() | _sampling(turn.options)
+        options = self.processor.generation_options() | sampling_options(turn.options)
         options["stopping_criteria"] = StoppingCriteriaList([_Cancelled(turn.cancelled)])
         if streamer is not None:
             options["streamer"] = streamer
@@ -254,7 +254,7 @@ class _Cancelled:
         return input_ids.new_full((len(input_ids),), self._event.is_set()).bool()
 
 
-def _sampling(options: dict[str, Any]) -> dict[str, Any]:
+def sampling_options(options: dict[str, Any]) -> dict[str, Any]:
     """The chat's options as transformers wants them: only those that have an effect."""
     without_effect = {"repetition_penalty": 1.0, "length_penalty": 1.0, "min_new_tokens": None, "keep_last": None}
     if options["num_beams"] == 1:

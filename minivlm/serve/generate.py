@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from minivlm.config.experiment import StageConfig
 from minivlm.serve.loading import ServeError, add_arguments, decoding, load_model, parse, read_stage
 from minivlm.serve.records import AnswerFile, read_records, record_name, to_sample
-from minivlm.types import IGNORE_INDEX, Encoded, Sample, SampleError
+from minivlm.types import Encoded, Sample, SampleError
 
 if TYPE_CHECKING:
     from minivlm.processors.processor import VLMProcessor
@@ -114,7 +114,7 @@ def answer_records(
                 samples.append(to_sample(name, answers.records[number], images, processor.template.with_images))
             except SampleError as error:
                 fail(error)
-        encode = partial(_encode, processor, chat._context_length())
+        encode = partial(_encode, processor, chat.context_length())
         collate = partial(processor.collate, for_generation=True)
         with evaluating(chat.model):
             for places, batch, bad in batches_by_length(samples, encode, collate, batch_size, num_workers):
@@ -129,30 +129,19 @@ def answer_records(
 
 def _encode(processor: VLMProcessor, limit: int, sample: Sample) -> Encoded:
     """The prompt of a question as a conversation has it."""
-    try:
-        batch = processor.prompt(sample.messages, sample.images)
-    except SampleError as error:
-        raise SampleError(sample.id, error.reason) from error
-    ids = batch.input_ids[0].tolist()
-    if len(ids) >= limit:
-        raise SampleError(sample.id, f"the prompt has {len(ids)} tokens and the model takes {limit}; shorten it")
-    return Encoded(
-        ids,
-        [IGNORE_INDEX] * len(ids),
-        pixels={name: list(pixels) for name, pixels in batch.pixels.items()},
-        features=None if batch.features is None else list(batch.features),
-        tokens_per_image=[processor.tokens_per_image] * len(sample.images),
-        sample_id=sample.id,
-    )
+    encoded = processor.prompt_sample(sample, chat=True)
+    if (size := len(encoded.input_ids)) >= limit:
+        raise SampleError(sample.id, f"the prompt has {size} tokens and the model takes {limit}; shorten it")
+    return encoded
 
 
 def _answers(chat: Chat, batch: Batch) -> list[str]:
     import torch
 
-    from minivlm.serve.chat import _sampling
+    from minivlm.serve.chat import sampling_options
 
-    options = chat.processor.generation_options() | _sampling(chat.options)
-    room = chat._context_length() - batch.input_ids.shape[1]
+    options = chat.processor.generation_options() | sampling_options(chat.options)
+    room = chat.context_length() - batch.input_ids.shape[1]
     options["max_new_tokens"] = min(options["max_new_tokens"], room)
     try:
         return chat.processor.decode(chat.model.generate(batch.to(chat.model.device), **options))
