@@ -1,7 +1,7 @@
 """MiniGPT-4 at its real size, on the meta device: parameters against the published counts, memory by part.
 
-The memory is that of inference in 8 bit with one beam and a full context of 2,000 tokens, beside the figures
-that the authors published (11.5 to 12 GB for 7B, 23 GB for 13B).
+The memory is that of inference in 8 bit with one beam and a full context of 2,000 tokens, in GiB and GB, beside the
+figures that the authors published (11.5 to 12 GB for 7B, 23 GB for 13B).
 
     python benchmarks/minigpt4_size.py
 """
@@ -23,6 +23,7 @@ LLAMA = {
 }
 PUBLISHED = {"7B": (11.5, 12.0), "13B": (23.0, 23.0)}
 """GB that the authors state for 8 bit and one beam."""
+GB = 10**9
 COUNTS = {
     "ViT without ln_vision": 985_894_528,
     "Q-Former without queries": 105_137_664,
@@ -56,47 +57,46 @@ def counts(models: dict[str, VisionLanguageModel]) -> dict[str, int]:
 
 
 def memory(models: dict[str, VisionLanguageModel]) -> None:
-    """Print the estimate part by part for both sizes, and where the published figures differ."""
+    """Print the estimate part by part for both sizes, beside the published figures."""
     uses = {
-        size: {
-            (use.part, use.stored): use.bytes / GIB
-            for use in inference_uses(model, context=CONTEXT, quantization="int8")
-        }
+        size: {(use.part, use.stored): use.bytes for use in inference_uses(model, context=CONTEXT, quantization="int8")}
         for size, model in models.items()
     }
     totals = {size: sum(parts.values()) for size, parts in uses.items()}
-    print(f"{'GiB, 8 bit, 1 beam, ' + format(CONTEXT, ',') + ' tokens':<46}{'7B':>8}{'13B':>8}{'more':>8}")
+
+    def row(what: str, seven: float, thirteen: float) -> None:
+        print(f"{what:<46}{seven:8.2f}{thirteen:8.2f}{thirteen - seven:8.2f}")
+
+    print(f"{'8 bit, 1 beam, ' + format(CONTEXT, ',') + ' tokens, GiB = 2^30 bytes':<46}{'7B':>8}{'13B':>8}{'more':>8}")
     for part, stored in uses["7B"]:
-        seven, thirteen = (uses[size][part, stored] for size in LLAMA)
-        print(f"{part + (f' ({stored})' if stored else ''):<46}{seven:8.2f}{thirteen:8.2f}{thirteen - seven:8.2f}")
-    print(f"{'estimate':<46}{totals['7B']:8.2f}{totals['13B']:8.2f}{totals['13B'] - totals['7B']:8.2f}")
-    print(f"{'published':<46}{'11.5-12':>8}{'23':>8}{'11-11.5':>8}")
-    low, high = PUBLISHED["7B"]
-    worst = max(abs(totals["7B"] / figure - 1) for figure in (low, high))
-    print(f"\n7B: {totals['7B'] / low - 1:+.1%} against {low} GB, {totals['7B'] / high - 1:+.1%} against {high} GB")
-    assert worst <= 0.15, "the estimate for 7B must lie within 15 % of the published figure"
-    explain_13b(totals, models["13B"])
+        row(part + (f" ({stored})" if stored else ""), *(uses[size][part, stored] / GIB for size in LLAMA))
+    row("estimate, GiB", *(totals[size] / GIB for size in LLAMA))
+    row("estimate, GB (10^9 bytes)", *(totals[size] / GB for size in LLAMA))
+    print(f"{'published, GB':<46}{'11.5-12':>8}{'23':>8}{'11-11.5':>8}")
+    print("\nThe authors do not say whether their GB are 10^9 or 2^30 bytes:")
+    for size, figures in PUBLISHED.items():
+        for figure in sorted(set(figures)):
+            decimal, binary = (totals[size] / (figure * unit) - 1 for unit in (GB, GIB))
+            print(f"{size}: estimate {decimal:+.1%} against {figure:g} GB of 10^9 bytes, {binary:+.1%} if they are GiB")
+            assert size != "7B" or max(abs(decimal), abs(binary)) <= 0.15, "7B must lie within 15 % of the published"
+    explain_13b(totals["13B"], models["13B"])
 
 
-def explain_13b(totals: dict[str, float], model: VisionLanguageModel) -> None:
-    """What the published 23 GB hold beyond the count, as far as it can be computed."""
+def explain_13b(total: float, model: VisionLanguageModel) -> None:
+    """What may lie between the count and the published figure, as far as it can be computed, all in GiB."""
     sizes = Sizes.of(model)
     beyond = {
         "scores of eager attention in fp32 and their half copy; ours makes none": sizes.heads * CONTEXT**2 * (4 + 2),
         "the last token's keys and values, alive until the next ones are complete": kv_bytes(sizes, CONTEXT),
         "CUDA before 11.7, which loads all kernels at once: 1 GiB in place of 0.5": 0.5 * GIB,
     }
-    gap = PUBLISHED["13B"][0] - totals["13B"]
-    left = gap - sum(beyond.values()) / GIB
-    print(
-        f"13B: {-gap / PUBLISHED['13B'][0]:+.1%} against 23 GB. Of the {gap:.1f} GiB in between, the libraries of 2023"
-    )
-    print("account, with a full context, for at most")
+    gaps = [(PUBLISHED["13B"][0] * unit - total) / GIB for unit in (GB, GIB)]
+    print(f"\n13B: between the estimate and 23 GB lie {gaps[0]:.1f} GiB (if GB are GiB: {gaps[1]:.1f}). With a full")
+    print("context, the libraries of 2023 can account for at most, in GiB:")
     for what, number in beyond.items():
         print(f"  {number / GIB:4.1f}  {what}")
-    grown = totals["13B"] - totals["7B"]
-    print(f"The other {left:.1f} are no part of the model: from 7B to 13B all that depends on its size grows by")
-    print(f"{grown:.1f} GiB, the published figure by 11 or more. Such memory is reserved and not filled.")
+    left = [gap - sum(beyond.values()) / GIB for gap in gaps]
+    print(f"The other {left[0]:.1f} ({left[1]:.1f}) GiB are not explained by this count.")
 
 
 def main() -> None:

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 
 from minivlm import registry
-from minivlm.checkpoints.loading import check_files, load_checkpoint, load_parts
-from minivlm.checkpoints.native import CheckpointError, find_model_folder, read_manifest
+from minivlm.checkpoints.loading import check_files, check_weights, load_checkpoint, load_parts, names_files
+from minivlm.checkpoints.native import CheckpointError, find_model_folder, read_config, read_manifest
 from minivlm.config import ConfigError, ModelConfig, load_config
 from minivlm.config.loader import list_model_defaults, parse_model
 from minivlm.config.options import parse_options
-from minivlm.models.base import ModelError
+from minivlm.models.base import DTYPES, ModelError
 from minivlm.models.build import build_model
-from minivlm.models.language.hf import DTYPES
 from minivlm.models.vlm import PARTS, VisionLanguageModel
-from minivlm.paths import WEIGHT_SUFFIXES, is_weight_file
+from minivlm.paths import is_weight_file
 from minivlm.processors.configs import ImageConfig, ProcessorConfig
 from minivlm.processors.processor import VLMProcessor
 from minivlm.processors.template import Template
@@ -35,30 +34,28 @@ def load(
     source: str | Path,
     *,
     device: str = "auto",
-    dtype: str | torch.dtype = "fp32",
+    dtype: str | torch.dtype | None = None,
     options: Sequence[str] = (),
     stage: str | None = None,
 ) -> tuple[VisionLanguageModel, VLMProcessor]:
     """Load a model in eval mode and its processor.
 
     ``source`` is a YAML file (``options`` as for ``--options``; of several stages the last, or ``stage``) or
-    a folder that minivlm wrote: a model, a checkpoint, or a run. ``dtype`` is fp32, bf16 or fp16.
+    a folder that minivlm wrote: a model, a checkpoint, or a run. ``dtype`` (fp32, bf16 or fp16) changes how the
+    weights are stored; by default every part keeps the type that the file or its own settings say (on a CPU fp16
+    is slow, bf16 is not).
     Raises ConfigError, ModelError or CheckpointError, which say what to do.
     """
     path = Path(source)
     if path.is_dir():
         config = ModelConfig(checkpoint=str(path))
-    elif str(source).endswith(WEIGHT_SUFFIXES):
-        raise CheckpointError(
-            f"{source} does not say which model it belongs to; give a YAML file that names it under "
-            "model.checkpoint, beside arch and model_type"
-        )
     else:
         experiment = load_config(path, options)
         config = (experiment.stage(stage) if stage else experiment.stages[-1]).model
     model, processor, _ = assemble(config)
-    kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    return cast(model, kind).to(resolve_device(device)).eval(), processor
+    if dtype is not None:
+        cast(model, DTYPES[dtype] if isinstance(dtype, str) else dtype)
+    return model.to(resolve_device(device)).eval(), processor
 
 
 def cast(model: VisionLanguageModel, dtype: torch.dtype) -> VisionLanguageModel:
@@ -145,8 +142,9 @@ def assemble(
     """Model, processor and the complete ``model`` section; a checkpoint fills what the section leaves open.
 
     Files under ``weights:`` are loaded before the checkpoint; the main process prints a report of each, which
-    ``model.load_reports`` keeps. With ``meta`` the model holds no weights (for counting and dry runs),
-    with ``features_only`` its language model may have none (to fill a feature cache).
+    ``model.load_reports`` keeps. Files that do not fit are refused before anything large is read. With ``meta``
+    the model holds no weights (for counting and dry runs), and nothing is fetched; with ``features_only`` its
+    language model may have none (to fill a feature cache).
     """
     folder = None
     if config.checkpoint and not is_weight_file(config.checkpoint):
@@ -167,13 +165,11 @@ def assemble(
             "(a model from scratch, by `config`, needs `tokenizer` instead)"
         )
     tokenizer = load_tokenizer(tokenizer_path, getattr(language, "revision", None))
-    model = build_model(config, len(tokenizer), meta=meta, features_only=features_only)
-    if model.language_model.vocab_size < len(tokenizer):
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer)} entries, but the language model embeds only "
-            f"{model.language_model.vocab_size}; set language_model.config.vocab_size or use its own tokenizer"
-        )
+    if meta or names_files(config):
+        model = _build(config, len(tokenizer), meta=True)
+        check_weights(model, config, fetch=not meta)
     if not meta:
+        model = _build(config, len(tokenizer), features_only=features_only)
         load_parts(model, config)
         if config.checkpoint:
             load_checkpoint(model, config, folder)
@@ -181,6 +177,17 @@ def assemble(
             for report in model.load_reports:
                 print(report.summary, file=sys.stderr, flush=True)
     return model, build_processor(config, model, tokenizer), config
+
+
+def _build(config: ModelConfig, entries: int, **how: bool) -> VisionLanguageModel:
+    """The model, which must embed all ``entries`` of its tokenizer."""
+    model = build_model(config, entries, **how)
+    if model.language_model.vocab_size < entries:
+        raise ModelError(
+            f"the tokenizer has {entries} entries, but the language model embeds only "
+            f"{model.language_model.vocab_size}; set language_model.config.vocab_size or use its own tokenizer"
+        )
+    return model
 
 
 def build_processor(config: ModelConfig, model: VisionLanguageModel, tokenizer: Any) -> VLMProcessor:
@@ -200,13 +207,10 @@ def build_processor(config: ModelConfig, model: VisionLanguageModel, tokenizer: 
 
 def _with_checkpoint(config: ModelConfig, folder: Path) -> ModelConfig:
     """Parts that the section does not name come from the checkpoint's own config, and so does its tokenizer."""
-    from omegaconf import OmegaConf
-
-    container = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    assert isinstance(container, dict)
+    container = read_config(folder)
     container["language_model"]["tokenizer"] = str(folder / "tokenizer")
     try:
-        saved = parse_model(container, str(folder / "config.yaml"))  # type: ignore[arg-type]
+        saved = parse_model(container, str(folder / "config.yaml"))
     except ConfigError as error:
         files = read_manifest(folder).imports
         if not files:

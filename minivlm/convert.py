@@ -52,7 +52,11 @@ def to_folder(source: str, target: Path, cfg_path: str | None, options: Sequence
     from minivlm.paths import is_weight_file
 
     if cfg_path:
-        config = load_config(cfg_path, [*options, f"model.checkpoint={source}"]).stages[-1].model
+        # The name of the file is no YAML and takes no part in the parsing; options have either of two forms.
+        pairs = bool(options) and "=" not in options[0]
+        stand_in = ["model.checkpoint", "source.pth"] if pairs else ["model.checkpoint=source.pth"]
+        config = load_config(cfg_path, [*options, *stand_in]).stages[-1].model
+        config.checkpoint = source
     elif is_weight_file(source):
         raise CheckpointError(f"{source} does not say which model it belongs to: name its YAML file with --cfg-path")
     else:

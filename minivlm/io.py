@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and sizes for people."""
 
 from __future__ import annotations
 
@@ -74,6 +74,13 @@ def write_atomic(target: Path, content: str | bytes) -> None:
 def write_json(target: Path, value: Any) -> None:
     """Write JSON atomically, readable and with full precision."""
     write_atomic(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def readable_size(number: float) -> str:
+    """Bytes in GiB, MiB or KiB."""
+    if number >= 2**30 / 10:
+        return f"{number / 2**30:.2f} GiB"
+    return f"{number / 2**20:.1f} MiB" if number >= 2**20 / 10 else f"{number / 2**10:.1f} KiB"
 
 
 def sync(file: Path) -> None:

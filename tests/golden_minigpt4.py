@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-GOLDEN = Path(os.environ.get("MINIVLM_GOLDEN", Path(__file__).parent / "golden")) / "minigpt4"
+from helpers import GOLDEN, golden_sizes
 
 CHECKPOINTS = {
     "vicuna0": "minigpt4_tiny.pth",
@@ -40,42 +39,23 @@ def golden_minigpt4(
         str(bases / f"{name}.safetensors" if bases else GOLDEN / f"{name}.pth")
         for name in ("eva_vit_g", "blip2_pretrained")
     )
-    config = golden_config()
-    vit, qformer, lora = config["vit"], config["qformer"], config["minigptv2_lora"]
     with_qformer = variant == "vicuna0"
     section: dict[str, Any] = {
-        "vision_encoder": {
-            "name": "eva_clip_g",
-            "image_size": vit["image_size"],
-            "patch_size": vit["patch_size"],
-            "width": vit["embed_dim"],
-            "depth": vit["depth"],
-            "num_heads": vit["num_heads"],
-            "mlp_ratio": vit["mlp_ratio"],
-            "class_token": "keep" if with_qformer else "drop",
-            "freeze": True,
-            "weights": eva,
-            **vision,
-        },
-        "connector": {"name": "patch_merge", "factor": 4},
-        "language_model": {"name": "hf", "path": str(GOLDEN / "llama"), "dtype": "fp32", "freeze": True},
+        **golden_sizes(with_qformer),
         "template": TEMPLATES[variant],
         "processor": {"name": "vlm"},
         "checkpoint": str(GOLDEN / CHECKPOINTS[variant]) if checkpoint == "" else checkpoint,
     }
+    class_token = "keep" if with_qformer else "drop"
+    section["vision_encoder"] |= {"name": "eva_clip_g", "class_token": class_token, "freeze": True, "weights": eva}
+    section["vision_encoder"] |= vision
+    section["language_model"] |= {"name": "hf", "freeze": True}
     if with_qformer:
-        section["connector"] = {
-            "name": "qformer",
-            "num_query_tokens": qformer["num_query_token"],
-            "hidden_size": qformer["hidden_size"],
-            "num_layers": qformer["num_hidden_layers"],
-            "num_heads": qformer["num_attention_heads"],
-            "intermediate_size": qformer["intermediate_size"],
-            "cross_attention_every": qformer["cross_attention_freq"],
-            "freeze": ["qformer*", "query_tokens"],
-            "weights": blip2,
-        }
+        section["connector"] |= {"name": "qformer", "freeze": ["qformer*", "query_tokens"], "weights": blip2}
+    else:
+        section["connector"] |= {"name": "patch_merge", "factor": 4}
     if variant == "v2":
+        lora = golden_config()["minigptv2_lora"]
         section["language_model"]["lora"] = {
             "r": lora["r"],
             "alpha": lora["alpha"],

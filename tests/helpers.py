@@ -75,41 +75,29 @@ def losses(folder: Path) -> list[float]:
     return [r["loss"] for r in records if "lr" in r]
 
 
-def golden_section(arch: str, model_type: str) -> dict[str, Any]:
-    """Section ``model`` of a packaged MiniGPT-4 at the sizes of the golden set, without weights but Llama's."""
+def golden_sizes(with_qformer: bool) -> dict[str, dict[str, Any]]:
+    """The parts of section ``model`` at the sizes of the golden set, without weights but Llama's."""
     sizes = json.loads((GOLDEN / "config.json").read_text())
     vit, qformer = sizes["vit"], sizes["qformer"]
-    with_qformer = "vicuna" in model_type
+    encoder = {key: vit[key] for key in ("image_size", "patch_size", "depth", "num_heads", "mlp_ratio")}
+    queries = {
+        "num_query_tokens": qformer["num_query_token"],
+        "hidden_size": qformer["hidden_size"],
+        "num_layers": qformer["num_hidden_layers"],
+        "num_heads": qformer["num_attention_heads"],
+        "intermediate_size": qformer["intermediate_size"],
+        "cross_attention_every": qformer["cross_attention_freq"],
+    }
     return {
-        "arch": arch,
-        "model_type": model_type,
-        "vision_encoder": {
-            "image_size": vit["image_size"],
-            "patch_size": vit["patch_size"],
-            "width": vit["embed_dim"],
-            "depth": vit["depth"],
-            "num_heads": vit["num_heads"],
-            "mlp_ratio": vit["mlp_ratio"],
-            "dtype": "fp32",
-            "weights": None,
-        },
-        "connector": {
-            "weights": None,
-            **(
-                {
-                    "num_query_tokens": qformer["num_query_token"],
-                    "hidden_size": qformer["hidden_size"],
-                    "num_layers": qformer["num_hidden_layers"],
-                    "num_heads": qformer["num_attention_heads"],
-                    "intermediate_size": qformer["intermediate_size"],
-                    "cross_attention_every": qformer["cross_attention_freq"],
-                }
-                if with_qformer
-                else {}
-            ),
-        },
+        "vision_encoder": {**encoder, "width": vit["embed_dim"], "dtype": "fp32", "weights": None},
+        "connector": {"weights": None, **(queries if with_qformer else {})},
         "language_model": {"path": str(GOLDEN / "llama"), "dtype": "fp32"},
     }
+
+
+def golden_section(arch: str, model_type: str) -> dict[str, Any]:
+    """Section ``model`` of a packaged MiniGPT-4 at the sizes of the golden set."""
+    return {"arch": arch, "model_type": model_type, **golden_sizes("vicuna" in model_type)}
 
 
 def golden_options(arch: str, model_type: str) -> list[str]:

@@ -244,15 +244,24 @@ def test_damaged_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"missing      1  \(connector\.layers\.0\.bias\)"):
         minivlm.load(tmp_path / "model", device="cpu")
     weights.unlink()
-    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} cannot be read"):
+    with pytest.raises(CheckpointError, match=rf"model\.checkpoint: there is no file .*{WEIGHTS}"):
         minivlm.load(tmp_path / "model", device="cpu")
     manifest = tmp_path / "model" / MANIFEST
     raw = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**raw, "format": 99, "minivlm": "9.9"}))
     with pytest.raises(CheckpointError, match=r"written by a newer minivlm \(9\.9\); update this one"):
         minivlm.load(tmp_path / "model", device="cpu")
-    manifest.write_text("{")
-    with pytest.raises(CheckpointError, match=rf"{MANIFEST} cannot be read"):
+    for text, message in (
+        ("{", "cannot be read"),
+        ("[1]", "is no manifest of minivlm"),
+        ('{"format": "1", "sources": []}', "is no manifest of minivlm: see format, sources"),
+    ):
+        manifest.write_text(text)
+        with pytest.raises(CheckpointError, match=f"{MANIFEST} {message}"):
+            minivlm.load(tmp_path / "model", device="cpu")
+    manifest.write_text(json.dumps(raw))
+    (tmp_path / "model" / "config.yaml").write_text("connector: {name: mlp}")
+    with pytest.raises(CheckpointError, match=r"config\.yaml does not describe vision_encoder, language_model"):
         minivlm.load(tmp_path / "model", device="cpu")
 
 
@@ -331,6 +340,16 @@ def test_the_type_of_the_weights(name: Any, dtype: torch.dtype, tmp_path: Path) 
     model, processor = minivlm.load(file, device="cpu", dtype=name)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert logits(model, processor).dtype == dtype
+
+
+def test_every_part_keeps_its_type_unless_another_is_asked_for(tmp_path: Path) -> None:
+    """Language models are mostly stored in half precision, which a CPU can compute with."""
+    for name, kind in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        parts = section(language_model={"dtype": name, "freeze": True})
+        model, processor = minivlm.load(write_yaml(tmp_path / "x.yaml", {"model": parts}), device="cpu")
+        assert {p.dtype for p in model.language_model.parameters()} == {kind}
+        assert {p.dtype for p in model.connector.parameters()} == {torch.float32}
+        assert logits(model, processor).dtype == kind and logits(model, processor).isfinite().all()
 
 
 def test_a_checkpoint_brings_its_parts_and_a_section_may_replace_them(tmp_path: Path) -> None:

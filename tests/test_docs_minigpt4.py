@@ -88,6 +88,14 @@ def run(words: list[str], folder: Path, env: dict[str, str]) -> str:
 
 
 @pytest.mark.slow
+def test_python_of_the_minigpt4_page(workplace: Path) -> None:
+    (workplace / "dog.jpg").write_bytes(picture(next(iter(COLOURS))))
+    (workplace / "snippet.py").write_text(re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)[0])
+    said = run(["python", "snippet.py"], workplace, {**os.environ, "MINIVLM_VICUNA": "models/vicuna-7b-v0"})
+    assert re.search(r"^\[\[(0, 1|1, 0)\]\]$", said, flags=re.MULTILINE)
+
+
+@pytest.mark.slow
 def test_commands_of_the_minigpt4_page(workplace: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     said: dict[str, str] = {}

@@ -582,7 +582,7 @@ def test_a_dry_run_looks_for_the_files() -> None:
 def test_a_file_without_parts_and_a_file_instead_of_a_yaml(tmp_path: Path) -> None:
     path = str(GOLDEN / CHECKPOINTS["vicuna0"])
     refused({"checkpoint": path}, "does not say which parts it belongs to; give model.arch and model.model_type")
-    with pytest.raises(CheckpointError, match="does not say which model it belongs to; give a YAML file"):
+    with pytest.raises(ConfigError, match="does not say which model it belongs to; give a YAML file"):
         minivlm.load(path)
 
 

@@ -78,7 +78,7 @@ def test_the_dry_run_of_a_quantised_model_needs_no_bitsandbytes(
     console = Console(record=True, width=120, quiet=False)
     assert dry_run(load_config(write_yaml(tmp_path / "x.yaml", tiny_experiment)), console)
     said = " ".join(console.export_text().split())
-    assert "language_model │ int8 │ 0.0 MiB" in said and "keys and values, 256 tokens x 1" in said
+    assert "language_model │ int8 │ 22.2 KiB" in said and "keys and values, 256 tokens x 1" in said
     assert "CUDA context and kernels" in said and "memory of inference, estimated" in said
 
 

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from minivlm.models.base import ModelError, VisionEncoder
 from minivlm.models.configs import EfficientNetLite0Config, HFVisionConfig, TimmVisionConfig
-from minivlm.models.hub import source_of
+from minivlm.models.hub import HASH
 from minivlm.models.vision.efficientnet_lite import EfficientNetLite0
 from minivlm.models.vision.hf import HFVisionEncoder
 from minivlm.models.vision.timm import TimmVisionEncoder
@@ -217,24 +217,9 @@ def test_the_source_names_and_hashes_the_weights(tmp_path: Path) -> None:
     torch.manual_seed(1)
     other = HFVisionEncoder(HFVisionConfig(path=saved(CLIPVisionModel(CLIPVisionConfig(**VIT)), tmp_path / "other")))
     assert one.source is not None and other.source is not None
-    assert one.source["path"] == str(tmp_path / "one") and len(one.source["sha256"]) == 64
+    assert one.source["path"] == str(tmp_path / "one") and one.source["sha256"].startswith(HASH)
     assert one.source["sha256"] != other.source["sha256"]
     assert HFVisionEncoder(HFVisionConfig(config={"model_type": "vit", **VIT})).source is None
-
-
-def test_the_hash_sees_a_change_anywhere_in_a_large_file(tmp_path: Path) -> None:
-    """A fine-tuned model often shares its first tensors, names and sizes with its base."""
-    content = np.zeros(6_000_000, dtype=np.uint8)
-    hashes = set()
-    for name, start in (("base", None), ("early", 100), ("middle", 3_000_000), ("late", 5_990_000)):
-        (tmp_path / name).mkdir()
-        changed = content.copy()
-        if start is not None:
-            changed[start : start + 8000] = 1
-        (tmp_path / name / "model.safetensors").write_bytes(changed.tobytes())
-        hashes.add(source_of(str(tmp_path / name), None)["sha256"])
-    assert len(hashes) == 4
-    assert source_of("owner/name", "abc") == {"path": "owner/name", "revision": "abc"}
 
 
 @pytest.mark.parametrize("path", ["/nowhere/clip", "./nowhere", "nowhere", "a/b/c", "~/nowhere"])

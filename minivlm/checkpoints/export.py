@@ -6,8 +6,9 @@ import io
 from pathlib import Path
 from typing import Any
 
+from minivlm.checkpoints.files import read_weights
 from minivlm.checkpoints.minigpt4 import MINIGPT4
-from minivlm.checkpoints.native import WEIGHTS, read_manifest
+from minivlm.checkpoints.native import WEIGHTS, read_config, read_manifest
 from minivlm.checkpoints.report import CheckpointError
 from minivlm.io import write_atomic
 
@@ -20,14 +21,12 @@ def export_minigpt4(folder: Path, target: Path) -> list[str]:
     neither read nor written. Raises :class:`CheckpointError` for a model that is no MiniGPT-4.
     """
     import torch
-    from omegaconf import OmegaConf
-    from safetensors.torch import load_file
 
     manifest = read_manifest(folder)
-    config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    settings = _original_settings(folder, config)
+    settings = _original_settings(folder, read_config(folder))
     # Buffers such as rotary frequencies are computed anew by every reader.
-    state = {name: t for name, t in load_file(folder / WEIGHTS).items() if not name.endswith("inv_freq")}
+    tensors = read_weights("convert", str(folder / WEIGHTS)).tensors
+    state = {name: tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}
     renamed, lost = {}, []
     for name, tensor in state.items():
         theirs = MINIGPT4.back(name)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from minivlm.checkpoints.report import CheckpointError
+from minivlm.models.hub import read_torch
 from minivlm.paths import is_placeholder, is_url
 
 _NO_WEIGHTS = {
@@ -81,7 +82,7 @@ def fetch(key: str, url: str) -> Path:
     paths.register_handler(HTTPURLHandler())
     try:
         return Path(paths.get_local_path(url, cache_dir=str(folder)))
-    except OSError as error:
+    except (OSError, HTTPException, ValueError) as error:  # a blank in a URL is an InvalidURL
         raise CheckpointError(f"{key}: {url} cannot be fetched: {error}; fetch it by hand and give its path") from error
 
 
@@ -101,7 +102,7 @@ def read_weights(key: str, path: str, *, shapes_only: bool = False) -> WeightFil
             why += "; what had been fetched is deleted, so another try fetches it again"
         raise CheckpointError(f"{key}: {path} cannot be read: {why}") from error
     tensors, extra = _unpack(content)
-    if not tensors:
+    if not tensors and not (content == {} and _is_safetensors(local)):  # where bases give everything
         found = f"the keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else "other things"
         raise CheckpointError(f"{key}: {path} holds no mapping from names to tensors, but {found}")
     return WeightFile(path, local, tensors, extra)
@@ -118,7 +119,9 @@ def _unpack(content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _is_state(content: Any) -> bool:
-    return isinstance(content, dict) and all(isinstance(value, torch.Tensor) for value in content.values())
+    return isinstance(content, dict) and all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
+    )
 
 
 def _is_safetensors(file: Path) -> bool:
@@ -128,8 +131,7 @@ def _is_safetensors(file: Path) -> bool:
 
 
 def _read_torch(file: Path, shapes_only: bool) -> Any:
-    # A file mapped into memory costs nothing until a tensor is copied into the model.
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
+    content = read_torch(file)
     if not shapes_only or not isinstance(content, dict):
         return content
     places = [content, *(value for key, value in content.items() if key in _NESTED and isinstance(value, dict))]

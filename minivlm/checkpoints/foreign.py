@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -56,6 +56,7 @@ class Format:
     A file is of this format if some name fits each pattern of ``signature``. ``always`` and ``together`` are
     patterns of our names: the model's tensors of the first must all be in the file, those of each of the second
     all or none. ``initial`` names what keeps its initial value, ones and zeros, when the file does not hold it.
+    ``ranks`` says how many dimensions a tensor has whose name, in the file, ends so.
     ``explain`` tells in words what a comparison of shapes would not, or None; ``describe`` adds to what
     ``sizes`` tell about a file.
     """
@@ -68,6 +69,7 @@ class Format:
     together: tuple[str, ...] = ()
     initial: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
     base: bool = False
     explain: Callable[[WeightFile, VisionLanguageModel], str | None] = lambda file, model: None
     describe: Callable[[WeightFile], list[Row]] = lambda file: []
@@ -81,6 +83,14 @@ class Format:
         """Whether a file with these names is of this format."""
         listed = list(names)
         return all(any(matches(pattern, name) for name in listed) for pattern in self.signature)
+
+    def wrong_rank(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with a tensor that has not the dimensions of its name; None if there is no such one."""
+        for name, tensor in tensors.items():
+            for ending, rank in self.ranks.items():
+                if name.endswith(ending) and tensor.dim() != rank:
+                    return f"{name} has the shape {tuple(tensor.shape)}, but {rank} dimensions are wanted"
+        return None
 
     def back(self, name: str) -> str | None:
         """What the file calls a tensor of our model, None if it has no place for it."""
@@ -125,9 +135,18 @@ def translate(form: Format, tensors: Mapping[str, Tensor], own: Iterable[str] | 
 
 
 def load_foreign(model: VisionLanguageModel, file: WeightFile, form: Format, key: str) -> LoadReport:
-    """Fill what a file of a foreign format holds into a model.
+    """Fill what a file of a foreign format holds into a model; raises like :func:`check_foreign`."""
+    report, tensors = check_foreign(model, file, form, key)
+    model.load_state_dict(tensors, strict=False)
+    return report
 
-    Raises :class:`CheckpointError` with the reason and a report when it does not fit; then nothing was changed.
+
+def check_foreign(
+    model: VisionLanguageModel, file: WeightFile, form: Format, key: str
+) -> tuple[LoadReport, dict[str, Tensor]]:
+    """Compare a file with a model, of which only names and shapes count; returns its tensors by our names, too.
+
+    Raises :class:`CheckpointError` with the reason and a report when it does not fit.
     """
     own = model.state_dict()
     given = translate(form, file.tensors, own)
@@ -140,8 +159,7 @@ def load_foreign(model: VisionLanguageModel, file: WeightFile, form: Format, key
     if reason or not report.fits:
         text = reason or "it belongs to another model"
         raise CheckpointError(f"{key}: {file.path} ({form.name}) does not fit: {text}\n{report}")
-    model.load_state_dict(given.tensors, strict=False)
-    return report
+    return report, given.tensors
 
 
 def measure(size: Size, tensors: Mapping[str, Any]) -> int | None:

@@ -11,7 +11,9 @@ from typing import Any
 from minivlm.checkpoints.files import WeightFile, read_weights
 from minivlm.checkpoints.foreign import Row, measure, translate
 from minivlm.checkpoints.loading import identify, what_else
-from minivlm.checkpoints.native import WEIGHTS, CheckpointError, find_model_folder, read_manifest
+from minivlm.checkpoints.native import WEIGHTS, CheckpointError, find_model_folder, read_config, read_manifest
+from minivlm.io import readable_size
+from minivlm.models.hub import weight_files
 
 _KEY = "inspect"
 _SETTINGS: tuple[str, ...] = (
@@ -40,7 +42,7 @@ def inspect_path(path: str) -> list[Row]:
         adapter = _json(folder / "adapter_config.json")
         rank, targets = adapter.get("r"), adapter.get("target_modules")
         rows = [("holds", "LoRA adapters of peft, which are not read on their own"), ("rank", str(rank))]
-        return [*rows, ("on", ", ".join(targets or [])), ("base", str(adapter.get("base_model_name_or_path")))]
+        return [*rows, ("on", _words(targets)), ("base", str(adapter.get("base_model_name_or_path")))]
     return _model_folder(find_model_folder(folder))
 
 
@@ -51,10 +53,10 @@ def render(path: str, rows: Iterable[Row]) -> str:
 
 def _file(path: str) -> list[Row]:
     file = read_weights(_KEY, path, shapes_only=True)
-    form = identify(file.tensors)
+    form = identify(_KEY, file)
     kind = "safetensors" if not file.extra and file.local.suffix == ".safetensors" else "torch"
     beside = f", beside: {', '.join(map(str, file.extra))}" if file.extra else ""
-    rows = [("format", f"{kind}, {_bytes(file.local.stat().st_size)}{beside}")]
+    rows = [("format", f"{kind}, {readable_size(file.local.stat().st_size)}{beside}")]
     if form is None:
         rows += [("holds", what_else(file.tensors)), ("names begin with", _beginnings(file.tensors))]
         rows.append(("good for", "model.<part>.weights, if it holds every tensor of that part by its own name"))
@@ -80,22 +82,17 @@ def _training(file: WeightFile) -> list[Row]:
     rows = [(key, str(file.extra[key])) for key in ("epoch", "iters") if isinstance(file.extra.get(key), int)]
     config = file.extra.get("config")
     for section, wanted in (("model", _SETTINGS), ("run", _RUN_SETTINGS)):
-        node = config.get(section) if isinstance(config, dict) else None
-        if isinstance(node, dict):
-            found = [f"{key} {node[key]}" for key in wanted if node.get(key) not in (None, "")]
-            rows += [(f"its config, {section}", ", ".join(found))] if found else []
+        node = _mapping(_mapping(config).get(section))
+        found = [f"{key} {node[key]}" for key in wanted if node.get(key) not in (None, "")]
+        rows += [(f"its config, {section}", ", ".join(found))] if found else []
     return rows
 
 
 def _model_folder(folder: Path) -> list[Row]:
-    from omegaconf import OmegaConf
-
-    manifest = read_manifest(folder)
+    manifest, config = read_manifest(folder), read_config(folder)
     rows = [("format", f"model folder of minivlm {manifest.minivlm}: {folder}"), ("good for", "model.checkpoint")]
-    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    assert isinstance(config, dict)
     for part, source in manifest.sources.items():
-        name = (config.get(part) or {}).get("name")
+        name = _mapping(config.get(part)).get("name")
         whole = "all of it is here" if part in manifest.complete else ""
         base = f"base {source.get('path', '')} {source.get('also', '')}".rstrip() if source else ""
         rows.append((part, f"{name}: {whole or base or 'partly here'}"))
@@ -110,9 +107,9 @@ def _model_folder(folder: Path) -> list[Row]:
 def _hugging_face(folder: Path) -> list[Row]:
     config = _json(folder / "config.json")
     kind = str(config.get("model_type"))
-    text = {**config, **(config.get("text_config") or {})}
+    text = {**config, **_mapping(config.get("text_config"))}
     is_vision = kind.startswith(_VISION)
-    names = ", ".join(config.get("architectures") or ["no architecture"])
+    names = _words(config.get("architectures")) or "no architecture"
     rows = [("format", "folder of Hugging Face"), ("holds", f"model_type {kind}, {names}")]
     part = "vision_encoder" if is_vision else "language_model"
     rows.append(("good for", f"model.{part}.path (name: hf)"))
@@ -124,16 +121,16 @@ def _hugging_face(folder: Path) -> list[Row]:
         "image_size",
         "patch_size",
     )
-    source = {**config, **(config.get("vision_config") or {})} if is_vision else text
+    source = {**config, **_mapping(config.get("vision_config"))} if is_vision else text
     rows += [(label, str(source[label])) for label in labels if source.get(label) is not None]
     if config.get("quantization_config"):
-        rows.append(("quantisation", str(config["quantization_config"].get("quant_method"))))
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+        rows.append(("quantisation", str(_mapping(config["quantization_config"]).get("quant_method"))))
+    files = weight_files(folder)
     tensors: dict[str, Any] = {}
     for file in files:
         tensors |= read_weights(_KEY, str(file), shapes_only=True).tensors
     if tensors:
-        rows.append(("files", f"{len(files)}, {_bytes(sum(file.stat().st_size for file in files))}"))
+        rows.append(("files", f"{len(files)}, {readable_size(sum(file.stat().st_size for file in files))}"))
         rows += _contents(WeightFile(str(folder), folder, tensors))
     else:
         rows.append(("files", "no weights (*.safetensors or pytorch_model*.bin)"))
@@ -141,9 +138,10 @@ def _hugging_face(folder: Path) -> list[Row]:
 
 
 def _vocabulary(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[Row]:
-    embeddings = [t for name, t in tensors.items() if name.endswith(("embed_tokens.weight", "wte.weight"))]
+    ends = ("embed_tokens.weight", "wte.weight")
+    embeddings = [t for name, t in tensors.items() if name.endswith(ends) and t.dim()]
     rows = embeddings[0].shape[0] if embeddings else config.get("vocab_size")
-    found = _VOCABULARIES.get(rows or 0)
+    found = _VOCABULARIES.get(rows) if isinstance(rows, int) else None
     given: list[Row] = [("embeddings", f"{rows}" + (f": {found}" if found else ""))] if rows else []
     if embeddings and config.get("vocab_size") not in (None, rows):
         given.append(("vocab_size", f"{config['vocab_size']} in config.json, but {rows} embeddings"))
@@ -163,15 +161,16 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _words(value: Any) -> str:
+    """A list of names, or the one name that stands in its place (``target_modules: all-linear``)."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+
+
 def _beginnings(names: Iterable[str]) -> str:
     counts = Counter(name.split(".")[0] for name in names)
     listed = ", ".join(f"{name} ({count})" for name, count in counts.most_common(6))
     return listed + (", ..." if len(counts) > 6 else "")
-
-
-def _bytes(size: int) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.1f} {unit}" if unit != "B" else f"{size} B"
-        size /= 1024  # type: ignore[assignment]
-    return f"{size:.2f} GiB"

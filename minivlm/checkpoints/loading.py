@@ -5,20 +5,20 @@ A foreign format is known by its key map in ``FORMATS``; everything else about i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from minivlm.checkpoints import minigpt4, native
 from minivlm.checkpoints.files import WeightFile, check_path, local_path, read_weights
-from minivlm.checkpoints.foreign import Format, load_foreign, matches
+from minivlm.checkpoints.foreign import Format, check_foreign, load_foreign, matches
 from minivlm.checkpoints.report import CheckpointError, LoadReport
 from minivlm.config.experiment import ModelConfig
-from minivlm.models.hub import source_of
+from minivlm.models.hub import hash_tensors, join_hashes
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.paths import is_url, is_weight_file
 
+_CHECKPOINT = "model.checkpoint"
 FORMATS: tuple[Format, ...] = (*minigpt4.FORMATS,)
 """Formats of other projects, the more telling ones first; a further one is one more key map."""
 
@@ -37,10 +37,13 @@ OTHERS = (
 """What else a file can be, by one of its names."""
 
 
-def identify(names: Iterable[str]) -> Format | None:
-    """The foreign format that has tensors of these names."""
-    listed = list(names)
-    return next((form for form in FORMATS if form.recognises(listed)), None)
+def identify(key: str, file: WeightFile) -> Format | None:
+    """The foreign format that has tensors of these names; raises :class:`CheckpointError` for impossible shapes."""
+    form = next((form for form in FORMATS if form.recognises(file.tensors)), None)
+    wrong = form and form.wrong_rank(file.tensors)
+    if form and wrong:
+        raise CheckpointError(f"{key}: {file.path} ({form.name}): {wrong}")
+    return form
 
 
 def what_else(names: Iterable[str]) -> str:
@@ -70,6 +73,32 @@ def _check_file(key: str, path: str) -> None:
         local_path(key, path)
 
 
+def names_files(config: ModelConfig) -> bool:
+    """Whether there is something to compare with a model before it is loaded."""
+    return any(getattr(config, part).weights for part in PARTS) or bool(
+        config.checkpoint and is_weight_file(config.checkpoint)
+    )
+
+
+def check_weights(shapes: VisionLanguageModel, config: ModelConfig, *, fetch: bool) -> None:
+    """Refuse files that do not fit a model of which there are only ``shapes``, before anything large is read.
+
+    What lies on a server is compared when it is loaded, but for a checkpoint, which ``fetch`` gets now.
+    Raises :class:`CheckpointError`.
+    """
+    for part in PARTS:
+        path = getattr(config, part).weights
+        if path and not is_url(path):
+            key = f"model.{part}.weights"
+            file = read_weights(key, path, shapes_only=True)
+            foreign, _ = _compare_part(shapes, part, file, key)
+            if foreign:
+                check_foreign(shapes, file, foreign, key)
+    if config.checkpoint and is_weight_file(config.checkpoint) and (fetch or not is_url(config.checkpoint)):
+        file, form = _read_checkpoint(config.checkpoint, shapes_only=True)
+        check_foreign(shapes, file, form, _CHECKPOINT)
+
+
 def load_parts(model: VisionLanguageModel, config: ModelConfig) -> None:
     """Fill the parts that name a file under ``weights:``."""
     for part in PARTS:
@@ -86,35 +115,44 @@ def load_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:
     """
     key = f"model.{part}.weights"
     file = read_weights(key, path)
-    module = getattr(model, part)
-    report = LoadReport.compare(module.state_dict(), file.tensors, module.fits)
-    form = None if report.fits else identify(file.tensors)
-    if form and form.part == part:
+    form, report = _compare_part(model, part, file, key)
+    if form:
         report = load_foreign(model, file, form, key)
         if form.base:
             _note_sources(model, form, file, report.matched)
         return report
-    if form:
-        raise CheckpointError(f"{key}: {path} holds {form.name}; give it as {form.key}")
-    if not report.fits:
-        text = f"{key}: {path} does not belong to this part"
-        raise CheckpointError(f"{text}; it holds {what_else(file.tensors)}\n{report}")
+    module = getattr(model, part)
     module.load_state_dict(file.tensors)
     module.source, module.unsourced = None, frozenset()  # no base would give these weights again
     report.where, report.what = f"{key} {path}", "weights of this part"
     return report
 
 
+def _compare_part(
+    model: VisionLanguageModel, part: str, file: WeightFile, key: str
+) -> tuple[Format | None, LoadReport]:
+    """The format of a file for a part, None if it has the part's own names and all of them."""
+    module = getattr(model, part)
+    report = LoadReport.compare(module.state_dict(), file.tensors, module.fits)
+    form = None if report.fits else identify(key, file)
+    if form and form.part != part:
+        raise CheckpointError(f"{key}: {file.path} holds {form.name}; give it as {form.key}")
+    if not form and not report.fits:
+        text = f"{key}: {file.path} does not belong to this part"
+        raise CheckpointError(f"{text}; it holds {what_else(file.tensors)}\n{report}")
+    return form, report
+
+
 def _note_sources(model: VisionLanguageModel, form: Format, file: WeightFile, loaded: list[str]) -> None:
     """Let every part that a base has filled know its source; the Q-Former's file fills ln_vision, too."""
-    found = {**source_of(str(file.local), None), "path": file.path}
+    found = {"path": file.path, "sha256": hash_tensors(file.tensors.items())}
     for part in {name.split(".")[0] for name in loaded}:
         module = getattr(model, part)
         prefix = f"{part}."
         names = {name for name in module.state_dict() if not any(matches(p, prefix + name) for p in form.initial)}
         left = names - {name.removeprefix(prefix) for name in loaded}
         if module.source is not None and part != form.part:  # a second file for the part
-            both = hashlib.sha256((module.source.get("sha256", "") + found["sha256"]).encode()).hexdigest()
+            both = join_hashes(module.source.get("sha256", ""), found["sha256"])
             module.source = {**module.source, "also": file.path, "sha256": both}
             module.unsourced &= left
         elif part == form.part or not left:
@@ -127,23 +165,27 @@ def load_checkpoint(model: VisionLanguageModel, config: ModelConfig, start: Path
     What the checkpoint has trained is added to ``model.trained_before``. Raises :class:`CheckpointError`.
     """
     assert config.checkpoint
-    key = "model.checkpoint"
     if start is not None:
         report = native.load_weights(model, start)
-        report.where, report.what = f"{key} {start}", "minivlm"
+        report.where, report.what = f"{_CHECKPOINT} {start}", "minivlm"
         model.trained_before = native.read_manifest(start).trained
     else:
-        file = read_weights(key, config.checkpoint)
-        form = identify(file.tensors)
-        if form is None:
-            raise CheckpointError(f"{key}: {config.checkpoint} is no checkpoint; it holds {what_else(file.tensors)}")
-        if form.part:
-            raise CheckpointError(f"{key}: {config.checkpoint} holds {form.name}; give it as {form.key}")
-        report = load_foreign(model, file, form, key)
+        file, form = _read_checkpoint(config.checkpoint)
+        report = load_foreign(model, file, form, _CHECKPOINT)
         report.still_random = _still_random(model, config, set(report.matched))
         parameters = {name for name, _ in model.named_parameters()}
         model.trained_before = [name for name in report.matched if name in parameters]
     model.load_reports.append(report)
+
+
+def _read_checkpoint(path: str, *, shapes_only: bool = False) -> tuple[WeightFile, Format]:
+    file = read_weights(_CHECKPOINT, path, shapes_only=shapes_only)
+    form = identify(_CHECKPOINT, file)
+    if form is None:
+        raise CheckpointError(f"{_CHECKPOINT}: {path} is no checkpoint; it holds {what_else(file.tensors)}")
+    if form.part:
+        raise CheckpointError(f"{_CHECKPOINT}: {path} holds {form.name}; give it as {form.key}")
+    return file, form
 
 
 def _still_random(model: VisionLanguageModel, config: ModelConfig, loaded: set[str]) -> list[str]:

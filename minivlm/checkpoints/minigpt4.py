@@ -91,6 +91,11 @@ _QFORMER_SIZES = (
     Size("channels that it reads", _ENCODER + "width", f"{_FIRST}crossattention.attention.key.weight", 1),
     Size("channels of ln_vision", _ENCODER + "width", "vision_encoder.ln_vision.weight", 0),
 )
+_RANKS = {
+    **{"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "fc1.weight": 2},
+    **{"query_tokens": 3, "dense.weight": 2, "key.weight": 2, "ln_vision.weight": 1},
+    **{"llama_proj.weight": 2, "lora_A.weight": 2, "lora_A.default.weight": 2},
+}
 _RANK = Size("rank of LoRA", "model.language_model.lora.r", "language_model.*.lora_A.default.weight", 0)
 
 
@@ -204,7 +209,7 @@ def _section(file: WeightFile, name: str) -> Mapping[str, Any]:
 
 
 def _describe_eva(file: WeightFile) -> list[Row]:
-    positions = file.tensors["pos_embed"].shape[1] - 1
+    positions = max(file.tensors["pos_embed"].shape[1] - 1, 0)
     patch = file.tensors["patch_embed.proj.weight"].shape[2]
     rows = [("image size", f"{round(positions**0.5) * patch} px (others are interpolated)")]
     if "norm.weight" in file.tensors:  # all of EVA-CLIP-g
@@ -234,6 +239,7 @@ MINIGPT4 = Format(
     always=("connector.linear.*", "language_model.*.lora_*"),
     together=("connector.qformer.*", "vision_encoder.vit.*", "vision_encoder.ln_vision.*"),
     sizes=(_RANK, *_QFORMER_SIZES, *_EVA_SIZES),
+    ranks=_RANKS,
     explain=_explain_minigpt4,
     describe=_describe_minigpt4,
 )
@@ -247,6 +253,7 @@ FORMATS = (
         always=("connector.query_tokens", "connector.qformer.*", "vision_encoder.ln_vision.*"),
         together=("vision_encoder.vit.*",),
         sizes=(*_QFORMER_SIZES, *_EVA_SIZES),
+        ranks=_RANKS,
         base=True,
         explain=_explain_blip2,
     ),
@@ -258,6 +265,7 @@ FORMATS = (
         always=("vision_encoder.vit.*",),
         initial=("vision_encoder.ln_vision.*",),
         sizes=_EVA_SIZES,
+        ranks=_RANKS,
         base=True,
         explain=_explain_eva,
         describe=_describe_eva,

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from minivlm import registry
+from minivlm.checkpoints.files import read_weights
 from minivlm.checkpoints.report import CheckpointError, LoadReport
 from minivlm.config.experiment import ModelConfig, to_container
+from minivlm.config.source import read_yaml
 from minivlm.io import atomic_folder, write_json
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.paths import is_placeholder
@@ -162,15 +164,37 @@ def find_model_folder(path: str | Path) -> Path:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a model folder; raises :class:`CheckpointError` if it is of a newer format."""
+    """The manifest of a model folder.
+
+    Raises :class:`CheckpointError` if it is none, or of a newer format.
+    """
     try:
         raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
-    if raw.get("format", 0) > FORMAT:
+    usual = vars(Manifest())
+    known = {key: value for key, value in raw.items() if key in usual} if isinstance(raw, dict) else {}
+    wrong = [key for key, value in known.items() if not isinstance(value, type(usual[key]))]
+    if not known or wrong:
+        raise CheckpointError(
+            f"{folder / MANIFEST} is no manifest of minivlm{': see ' * bool(wrong)}{', '.join(wrong)}"
+        )
+    if known.get("format", 0) > FORMAT:
         raise CheckpointError(f"{folder} was written by a newer minivlm ({raw.get('minivlm')}); update this one")
-    known = Manifest.__dataclass_fields__
-    return Manifest(**{key: value for key, value in raw.items() if key in known})
+    return Manifest(**known)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Section ``model`` of a model folder as plain values.
+
+    Raises :class:`ConfigError` for what is no YAML, :class:`CheckpointError` if a part is not described.
+    """
+    file = folder / "config.yaml"
+    container = read_yaml(file).values
+    lost = [part for part in PARTS if not isinstance(container.get(part), dict)]
+    if lost:
+        raise CheckpointError(f"{file} does not describe {', '.join(lost)}")
+    return container
 
 
 def load_weights(model: VisionLanguageModel, folder: Path) -> LoadReport:
@@ -179,14 +203,8 @@ def load_weights(model: VisionLanguageModel, folder: Path) -> LoadReport:
     Raises :class:`CheckpointError` with the report when a tensor is left over, has another shape, or is
     missing although no base provides it.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     manifest = read_manifest(folder)
-    try:
-        state = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    state = read_weights("model.checkpoint", str(folder / WEIGHTS)).tensors
     own = model.state_dict()
     ties = {own[key].data_ptr() for key in state if key in own}
     from_base = {
@@ -216,10 +234,11 @@ def _check_sources(model: VisionLanguageModel, manifest: Manifest, folder: Path)
                 f"{folder} holds only what was trained of {part}, and this model has no base for it: name the base "
                 f"under model.{part} (path, weights or pretrained); it was {_files(source)}"
             )
-        if source.get("sha256") and own.get("sha256") and source["sha256"] != own["sha256"]:
+        (kind, _, wanted), (own_kind, _, found) = (s.get("sha256", "").rpartition(":") for s in (source, own))
+        if wanted and found and kind == own_kind and wanted != found:
             raise CheckpointError(
                 f"{folder} was trained on other weights of {part} than those in {_files(own)}: "
-                f"hash {source['sha256'][:12]} against {own['sha256'][:12]}"
+                f"hash {wanted[:12]} against {found[:12]}; give those that it was trained on, {_files(source)}"
             )
 
 

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from minivlm.config.errors import ConfigError, Problem
+from minivlm.paths import WEIGHT_SUFFIXES
 from minivlm.registry import suggest
 
 KeyPath = tuple[str, ...]
@@ -208,6 +209,11 @@ def _syntax_problem(error: yaml.YAMLError, name: str) -> Problem:
 
 def _why_unreadable(file: Path, error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
+        if file.suffix in WEIGHT_SUFFIXES:
+            return (
+                "a file of weights does not say which model it belongs to; give a YAML file that names it under "
+                "model.checkpoint, beside arch and model_type"
+            )
         return "not a text file in UTF-8"
     if file.is_dir():
         return "expected a YAML file, this is a folder"

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Storage types by their names in configurations."""
+
 
 class ModelError(ValueError):
     """A part that cannot be built, or weights that do not belong to it."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from minivlm.models.base import ModelError
 
-_SAMPLES, _SAMPLE_BYTES = 1024, 4096
+HASH = "tensors-1:"
+"""Begins a hash of what tensors hold. Those of older manifests are of the bytes of files, and are not compared."""
+_SAMPLES = 256
 
 
 def load_hf_config(part: str, path: str | None, config: dict[str, Any] | None, revision: str | None) -> Any:
@@ -71,22 +76,56 @@ def from_pretrained(part: str, auto_class: Any, path: str, **arguments: Any) -> 
 
 
 def source_of(path: str, revision: str | None) -> dict[str, str]:
-    """Where weights came from: a folder or hub id, or a file; what is local has a hash.
-
-    Names, sizes and samples of the bytes count. The samples are spread over the files: a fine-tuned model often
-    shares its beginning with its base.
-    """
+    """Where weights came from: a hub id, or a folder, which has a hash of its tensors (:func:`hash_tensors`)."""
     source = {"path": path} | ({"revision": revision} if revision else {})
-    root = Path(path)
-    if root.exists():
-        files = [root] if root.is_file() else sorted(root.glob("*.safetensors")) + sorted(root.glob("*.bin"))
-        digest = hashlib.sha256()
-        for file in files:
-            size = file.stat().st_size
-            digest.update(f"{'' if file == root else file.name} {size}".encode())  # a file may be renamed
-            with file.open("rb") as stream:
-                for start in range(0, size, max(size // _SAMPLES, _SAMPLE_BYTES)):
-                    stream.seek(start)
-                    digest.update(stream.read(_SAMPLE_BYTES))
-        source["sha256"] = digest.hexdigest()
+    if Path(path).is_dir():
+        source["sha256"] = hash_tensors(_tensors(weight_files(Path(path))))
     return source
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights of a folder of Hugging Face: one, or all shards."""
+    # Beside its shards a folder may hold the same weights once more, in another format or by other names.
+    patterns = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
+    return next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
+
+
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of names, shapes, and up to some hundred values of each tensor, spread over it.
+
+    It does not depend on order, files, or a storage type that holds the same values. Tables of rotary embeddings,
+    which older files hold, are left out, since every reader computes them anew.
+    """
+    digests = []
+    for name, tensor in tensors:
+        if not name.endswith("inv_freq"):
+            flat = tensor.detach().reshape(-1)
+            step = flat.numel() // _SAMPLES | 1  # odd, so that it does not stay in one column of a matrix
+            values = flat[::step].to("cpu", torch.float32).numpy().tobytes()
+            digests.append(hashlib.sha256(f"{name} {tuple(tensor.shape)} ".encode() + values).digest())
+    return HASH + hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def join_hashes(*hashes: str) -> str:
+    """One hash for weights that come from several places."""
+    return HASH + hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def read_torch(file: Path) -> Any:
+    """What a file of ``torch.save`` holds, on the CPU; nothing in it is executed.
+
+    It is mapped into memory: a tensor costs nothing until it is looked at. Files of torch before 1.6 are read whole.
+    """
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
+
+
+def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    from safetensors import safe_open
+
+    for file in files:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                    yield name, opened.get_tensor(name)  # a view of the mapped file
+        else:
+            yield from ((name, value) for name, value in read_torch(file).items() if isinstance(value, Tensor))

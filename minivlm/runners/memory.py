@@ -10,6 +10,7 @@ from rich.table import Table
 from torch import nn
 
 from minivlm.config.experiment import StageConfig
+from minivlm.io import readable_size
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
 
@@ -173,7 +174,7 @@ def training_table(stage: StageConfig, model: VisionLanguageModel, precision: st
             quantization=getattr(settings, "quantization", None),
             cached=stage.run.feature_cache is not None,
         )
-        table.add_row(str(batch), *(size(v) for v in uses.values()), size(sum(uses.values())))
+        table.add_row(str(batch), *(readable_size(v) for v in uses.values()), readable_size(sum(uses.values())))
     table.caption = f"samples of {length} tokens, {precision}; a frozen encoder's activations are not kept"
     if stage.run.feature_cache is not None:
         table.caption += "; with run.feature_cache its weights are not needed either"
@@ -191,11 +192,6 @@ def inference_table(stage: StageConfig, model: VisionLanguageModel, processor: V
     )
     table = Table("to talk to it, on a GPU", "stored as", "memory", title="memory of inference, estimated")
     for use in uses:
-        table.add_row(use.part, use.stored, size(use.bytes))
-    table.add_row("total", "", size(sum(use.bytes for use in uses)))
+        table.add_row(use.part, use.stored, readable_size(use.bytes))
+    table.add_row("total", "", readable_size(sum(use.bytes for use in uses)))
     return table
-
-
-def size(number: float) -> str:
-    """Bytes for people."""
-    return f"{number / GIB:.2f} GiB" if number >= GIB / 10 else f"{number / 2**20:.1f} MiB"

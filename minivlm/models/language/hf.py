@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minivlm.models.base import LanguageModel, ModelError, on_meta_device
+from minivlm.models.base import DTYPES, LanguageModel, ModelError, on_meta_device
 from minivlm.models.configs import HFLanguageModelConfig, LoraSettings
 from minivlm.models.hub import from_pretrained, load_hf_config, source_of
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class HFLanguageModel(LanguageModel):

@@ -16,10 +16,8 @@ from torch.func import functional_call
 from torch.nn.functional import interpolate
 from torch.utils.checkpoint import checkpoint
 
-from minivlm.models.base import ModelError, VisionEncoder
+from minivlm.models.base import DTYPES, ModelError, VisionEncoder
 from minivlm.models.configs import EvaClipGConfig
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class EvaClipG(VisionEncoder):
@@ -55,7 +53,7 @@ class EvaClipG(VisionEncoder):
         self.ln_vision = nn.LayerNorm(config.width)  # eps 1e-5, where those of the blocks have 1e-6
         for module in self.vit.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.to(_DTYPES[config.dtype])
+                module.to(DTYPES[config.dtype])
         side = config.image_size // config.patch_size
         self.hidden_size = config.width
         self.grid = (side, side)
@@ -72,7 +70,8 @@ class EvaClipG(VisionEncoder):
     def fits(self, name: str, shape: torch.Size) -> bool:
         """Positions of another square grid are interpolated when they are loaded."""
         own = self.vit.pos_embed.shape
-        return name == "vit.pos_embed" and shape[::2] == own[::2] and (shape[1] - 1) ** 0.5 % 1 == 0
+        alike = name == "vit.pos_embed" and len(shape) == len(own) and shape[::2] == own[::2]
+        return alike and shape[1] > 1 and (shape[1] - 1) ** 0.5 % 1 == 0
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, num_tokens, width]."""
