@@ -296,8 +296,8 @@ class Runner:
             if then != now:
                 raise CheckpointError(
                     f"{source} was written with other {what} ({then}) than this run has ({now}); go on with the "
-                    "same processes, loading processes, datasets, batch sizes and seed, or start anew from its weights "
-                    f"with model.checkpoint={source} run.resume=none"
+                    "same processes, loading processes, datasets (of shards: file names and their order), batch sizes "
+                    f"and seed, or start anew from its weights with model.checkpoint={source} run.resume=none"
                 )
 
     def _leave_later_checkpoints(self, source: Path) -> None:
