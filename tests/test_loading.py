@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -96,3 +98,20 @@ def pictured(experiment: dict[str, Any], folder: Path) -> Path:
     file = folder / "pictured.json"
     file.write_text(json.dumps([record for record in records if "image" in record]))
     return file
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_never_answers(tiny_experiment: dict[str, Any], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        tiny_experiment["datasets"] = {"laion": {"storage": f"{address}/{{0..9}}.tar"}}
+        tiny_experiment["run"] |= {"num_workers": 2, "max_steps": 4}
+        config = write_yaml(tmp_path / "x.yaml", tiny_experiment)
+        command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(config)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        server.settimeout(60)
+        open_calls = [server.accept() for _ in range(2)]
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+        assert len(open_calls) == 2
+    assert process.returncode == 130
+    assert "stopped at step 0 of 4; the state is saved" in stderr and "Traceback" not in stderr
