@@ -68,6 +68,21 @@ def test_a_broken_list_is_named_and_leaves_the_old_one(tmp_path: Path, text: str
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.json", "list.tsv"]
 
 
+@pytest.mark.parametrize("piece", [1, 1 << 20])
+def test_text_behind_the_list_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr(caption_list, "PIECE", piece)
+    for more in ("]", "[{}]", "\n \n x"):
+        with pytest.raises(DatasetError, match=r"a\.json: there is more behind the end of the list: '[\[\]x]"):
+            list(records(write(tmp_path / "a.json", '[{"url": "a"}]\n' + more)))
+    assert list(records(write(tmp_path / "a.json", "[1, 2]\n\n "))) == [1, 2]
+
+
+def test_half_a_surrogate_pair_does_not_end_the_pass(tmp_path: Path) -> None:
+    text = r'[{"url": "a\udc00", "caption": "x \ud83d y"}, {"url": "b", "caption": "\ud83d\ude00"}]'
+    prepare_captions([write(tmp_path / "a.json", text)], tmp_path / "list.tsv")
+    assert (tmp_path / "list.tsv").read_text(encoding="utf-8") == "url\tcaption\na?\tx ? y\nb\t😀\n"
+
+
 def test_missing_and_empty_lists_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "list.tsv"
     assert main(["prepare-captions", str(tmp_path / "none.json"), "--output", str(output)]) == 2

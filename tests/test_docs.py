@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT
 from PIL import Image
 
@@ -51,6 +52,12 @@ def test_pictures_and_files_of_the_documents_exist() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             if not target.startswith("http"):
                 assert (document.parent / target).is_file(), f"{document.name}: {target}"
+
+
+def test_yaml_of_the_documents_is_yaml() -> None:
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    read = [yaml.safe_load(block) for document in documents for block in blocks(document.read_text(), "yaml")]
+    assert len(read) > 3 and all(isinstance(content, dict) for content in read)
 
 
 def test_make_targets_of_the_readme_exist() -> None:

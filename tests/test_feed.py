@@ -147,10 +147,10 @@ def test_skipped_samples_and_shards_travel_with_the_batches(tmp_path: Path, work
     write_tar(tmp_path / "0.tar", [("a.jpg", b"no picture"), ("a.json", b'{"caption": "x"}'), *pair("b", "red")])
     source = shards("s", f"{tmp_path}/{{0..1}}.tar", shuffle_buffer=8)
     batches = list(feed([source], num_workers=workers).batches(0, 8))
-    assert {sample for batch in batches for sample in batch.sample_ids} == {"0/b"}
+    assert {sample for batch in batches for sample in batch.sample_ids} == {"s/0/b"}
     reasons = {error.sample_id: error.reason for batch in batches for error in batch.skipped}
-    assert set(reasons) == {"0/a", "1"}
-    assert "cannot read picture a.jpg in" in reasons["0/a"] and "No such file" in reasons["1"]
+    assert set(reasons) == {"s/0/a", "s/1"}
+    assert "cannot read picture a.jpg in" in reasons["s/0/a"] and "No such file" in reasons["s/1"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -163,9 +163,9 @@ def test_what_ends_a_run_keeps_its_type_and_words(tmp_path: Path, workers: int) 
     bad = [("a.jpg", b"none"), ("a.json", b'{"caption": "x"}')]
     write_tar(tmp_path / "1.tar", bad)
     hopeless = shards("s", f"{tmp_path}/1.tar", shuffle_buffer=1)
-    with pytest.raises(DatasetError, match=r"datasets\.s: 100 bad samples in a row, the last: sample '1/a'"):
+    with pytest.raises(DatasetError, match=r"datasets\.s: 100 bad samples in a row, the last: sample 's/1/a'"):
         next(feed([hopeless], num_workers=workers).batches(0, 8))
-    with pytest.raises(SampleError, match="sample '1/a': cannot read"):
+    with pytest.raises(SampleError, match="sample 's/1/a': cannot read"):
         next(feed([hopeless], num_workers=workers, on_bad_sample="raise").batches(0, 8))
 
 
@@ -246,7 +246,7 @@ def test_training_names_broken_shards_and_counts_them(streamed: dict[str, Any], 
         config = write_yaml(tmp_path / "x.yaml", streamed)
         run_experiment(load_config(config, ["run.max_bad_share=0.05"]), QUIET)
         named = [json.loads(line) for line in (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()]
-        assert sorted(record["id"] for record in named) == ["00001", "00003"]
+        assert sorted(record["id"] for record in named) == ["laion/00001", "laion/00003"]
         assert any("404" in record["reason"] for record in named)
         with pytest.raises(
             DatasetError, match=r"\d+ of the \d+ samples read so far are bad, more than run.max_bad_share"
@@ -279,7 +279,7 @@ def test_dry_run_and_check_show_samples_of_a_stream(
     config = str(write_yaml(tmp_path / "x.yaml", streamed))
     assert main(["train", "--cfg-path", config, "--dry-run"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "sample 00000/000000000:" in shown and "a green picture" in shown
+    assert "sample laion/00000/000000000:" in shown and "a green picture" in shown
     assert "a stream; every batch from one dataset: laion 4 per process (ratio 3)" in shown
     assert main(["check-data", config]) == 0
     shown = capsys.readouterr().out

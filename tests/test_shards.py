@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,8 @@ def test_a_sample_is_a_cleaned_caption_and_its_picture(tmp_path: Path) -> None:
     clean = Part("blip_caption", BlipCaptionConfig(prompt="see: ", max_words=3))
     first, second = build(f"{tmp_path}/7.tar", text_processor=clean).look(9)
     assert isinstance(first, Sample) and isinstance(second, Sample)
-    assert (first.id, first.messages) == ("7/a", [Message("assistant", "see: a small red")])
-    assert (second.id, second.messages[0].content) == ("7/b", "see: 2 blue")
+    assert (first.id, first.messages) == ("mine/7/a", [Message("assistant", "see: a small red")])
+    assert (second.id, second.messages[0].content) == ("mine/7/b", "see: 2 blue")
     assert open_image(first.images[0]).size == (24, 20)
     assert open_image(first.images[0]).getpixel((5, 5))[0] > 200, "a picture can be opened again"
 
@@ -98,7 +99,7 @@ def test_without_resampling_a_pass_holds_every_sample_once(tmp_path: Path, lanes
     stream = build(write_shards(tmp_path, 6, 5), resampled=False, shuffle_buffer=7)
     share = 30 // lanes
     read = [drawn(stream, 2 * share, Lane(number, lanes, seed=3)) for number in range(lanes)]
-    everything = sorted(f"{shard:05d}/{shard:05d}{number:04d}" for shard in range(6) for number in range(5))
+    everything = sorted(f"mine/{shard:05d}/{shard:05d}{number:04d}" for shard in range(6) for number in range(5))
     first = [sample for ids in read for sample in ids[:share]]
     second = [sample for ids in read for sample in ids[share:]]
     assert sorted(first) == sorted(second) == everything
@@ -128,7 +129,7 @@ def test_going_on_reads_one_block_again_not_all(tmp_path: Path, monkeypatch: pyt
     stream = build(write_shards(tmp_path, 4, 5), shuffle_buffer=5)
     far = list(islice(stream.draws(Lane()), 203))[-1].after
     opened = []
-    monkeypatch.setattr(module, "read_shard", lambda shard: opened.append(shard) or read_shard(shard))
+    monkeypatch.setattr(module, "read_shard", lambda shard, name: opened.append(shard) or read_shard(shard, name))
     assert len(drawn(stream, 1, Lane(), far)) == 1
     assert len(opened) <= 2
 
@@ -156,10 +157,65 @@ def test_a_shard_that_is_cut_off_is_named_and_the_rest_goes_on(tmp_path: Path) -
     cut_off(tmp_path)
     found = [draw.sample for draw in islice(stream.draws(Lane()), 40)]
     errors = {s.sample_id: s.reason for s in found if isinstance(s, SampleError)}
-    assert list(errors) == ["00001"]
-    assert "00001.tar" in errors["00001"] and errors["00001"].endswith("end of data; the rest of it is skipped")
+    assert list(errors) == ["mine/00001"]
+    assert "00001.tar" in errors["mine/00001"] and errors["mine/00001"].endswith(
+        "end of data; the rest of it is skipped"
+    )
     good = {s.id for s in found if isinstance(s, Sample)}
     assert 16 < len(good) < 24, "what stands in front of the cut is used"
+
+
+@pytest.mark.parametrize("place", ["in a header", "between members", "inside the mark at the end"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_every_cut_is_noticed(tmp_path: Path, place: str, remote: bool) -> None:
+    whole = write_tar(tmp_path / "0.tar", [*pair("a", "red"), *pair("b", "blue")])
+    with tarfile.open(whole) as tar:
+        members = tar.getmembers()
+        third, end = tar.getmember("b.jpg").offset, members[-1].offset_data + 512
+    where = {"in a header": third + 100, "between members": third, "inside the mark at the end": end + 512}[place]
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(whole.read_bytes()[:where])
+    with served(tmp_path) as address:
+        *read, last = read_shard(f"{address}/cut.tar" if remote else str(cut), "cut")
+    keys = [content["__key__"] for content in read if isinstance(content, dict)]
+    assert keys == (["a", "b"] if place.startswith("inside") else ["a"])
+    assert isinstance(last, ShardError) and last.sample_id == "cut"
+    assert last.reason.endswith("the mark at the end of a tar file is missing; the rest of it is skipped")
+
+
+def test_the_mark_at_the_end_is_found_wherever_it_lies(tmp_path: Path) -> None:
+    """tarfile reads 10240 bytes at a time, and writers fill the last block or do not."""
+    for size in range(512, 12 * 1024, 512):
+        shard = write_tar(tmp_path / "0.tar", [("a.json", b" " * size), ("a.jpg", b"x")])
+        assert [type(content) for content in read_shard(str(shard), "0")] == [dict], size
+        shard.write_bytes(shard.read_bytes().rstrip(b"\0") + bytes(511 + 1024))
+        assert [type(content) for content in read_shard(str(shard), "0")] == [dict], size
+
+
+def test_the_only_shard_may_be_cut_off(tmp_path: Path) -> None:
+    stream = build(write_shards(tmp_path, 1, 8))
+    cut_off(tmp_path, "00000.tar")
+    found = drawn(stream, 40)
+    assert found.count("mine/00000") > 2 and len(set(found)) > 3
+
+
+def test_shards_of_several_folders_are_told_apart(tmp_path: Path) -> None:
+    patterns = [write_shards(tmp_path / folder, 2, 1) for folder in ("cc", "sbu")]
+    (tmp_path / "cc" / "00001.tar").unlink()
+    (tmp_path / "sbu" / "00001.tar").unlink()
+    builder = WebDatasetBuilder(WebDatasetConfig(storage=patterns, text_processor=None), "mine")
+    assert check_dataset(builder, "train").findings["shard"].count == 2
+    stream = builder.build("train")
+    expected = {"mine/cc/00000/000000000", "mine/sbu/00000/000000000", "mine/cc/00001", "mine/sbu/00001"}
+    assert set(drawn(stream, 60)) == expected
+
+
+def test_the_signature_follows_names_and_order_not_the_folder(tmp_path: Path) -> None:
+    before = build(write_shards(tmp_path / "a", 3, 1)).signature
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert build(f"{tmp_path}/b/{{00000..00002}}.tar").signature == before
+    assert build(f"{tmp_path}/b/{{00002..00000}}.tar").signature != before
+    assert build(f"{tmp_path}/b/{{00001..00003}}.tar").signature != before
 
 
 def test_a_url_that_fails_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -169,7 +225,7 @@ def test_a_url_that_fails_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
         found = list(islice(stream.draws(Lane(seed=2)), 30))
     errors = {s.reason for s, _, _ in found if isinstance(s, SampleError)}
     assert errors == {f"{address}/00002.tar: HTTP Error 404: File not found; the rest of it is skipped"}
-    assert {s.id[:5] for s, _, _ in found if isinstance(s, Sample)} == {"00000", "00001"}
+    assert {s.id[:10] for s, _, _ in found if isinstance(s, Sample)} == {"mine/00000", "mine/00001"}
 
 
 @pytest.mark.parametrize("resampled", [True, False])
@@ -202,8 +258,8 @@ def test_a_faulty_sample_is_named_with_its_reason(tmp_path: Path, reason: str) -
     clean = Part("blip_caption", BlipCaptionConfig())
     bad, good = build(f"{tmp_path}/0.tar", text_processor=clean).look(5)
     assert isinstance(bad, SampleError) and not isinstance(bad, ShardError)
-    assert bad.sample_id == "0/a" and reason in bad.reason
-    assert isinstance(good, Sample) and good.id == "0/b"
+    assert bad.sample_id == "mine/0/a" and reason in bad.reason
+    assert isinstance(good, Sample) and good.id == "mine/0/b"
 
 
 def test_a_picture_that_cannot_be_read_is_named_by_its_place(tmp_path: Path) -> None:
@@ -223,9 +279,9 @@ def test_the_doctor_names_broken_shards_samples_and_pictures(tmp_path: Path) -> 
     builder = WebDatasetBuilder(WebDatasetConfig(storage=pattern, text_processor=None), "mine")
     report = check_dataset(builder, "train")
     named = {kind: [sample_id for sample_id, _ in finding.examples] for kind, finding in report.findings.items()}
-    assert named.pop("shard") == ["00002", "00003"]
-    assert named.pop("record") == ["00001/c"]
-    assert named.pop("unreadable picture") == ["00001/p"]
+    assert named.pop("shard") == ["mine/00002", "mine/00003"]
+    assert named.pop("record") == ["mine/00001/c"]
+    assert named.pop("unreadable picture") == ["mine/00001/p"]
     assert report.total is None and report.bad == 2
     # A bare caption has no marker: that is the prompt's affair.
     assert set(named) == {"marker count"}

@@ -40,12 +40,16 @@ class CaptionCounts:
 def prepare_captions(inputs: Sequence[Path], output: Path) -> CaptionCounts:
     """Merge lists of ``{url, caption}`` (a JSON array or JSON lines) into ``url<TAB>caption`` with a heading.
 
-    Of several records with one URL the first is kept. A URL takes about 100 bytes of memory. Raises
-    :class:`DatasetError` naming the file that is missing or broken; ``output`` is then as it was.
+    Of several records with one URL the first is kept. A URL takes about 100 bytes of memory. Half a surrogate
+    pair becomes a question mark. Raises :class:`DatasetError` naming the file that is missing or broken; ``output``
+    is then as it was.
     """
     counts = CaptionCounts()
     known: set[bytes] = set()
-    with atomic_file(output) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
+    with (
+        atomic_file(output) as unfinished,
+        unfinished.open("w", encoding="utf-8", errors="replace", newline="") as file,
+    ):
         table = csv.writer(file, delimiter="\t", lineterminator="\n")
         table.writerow(["url", "caption"])
         for source in inputs:
@@ -87,7 +91,7 @@ def _items(stream: TextIO, file: Path) -> Iterator[Any]:
         place = _skip(text, place)
         try:
             if text[place : place + 1] == "]" and is_array:
-                return
+                break
             item, end = decode(text, place)
             if end == len(text) and not isinstance(item, dict):
                 raise ValueError("it may go on")
@@ -101,6 +105,11 @@ def _items(stream: TextIO, file: Path) -> Iterator[Any]:
             raise DatasetError(f"{file}: broken or cut off behind record {count}: {error}") from error
         yield item
         count, place = count + 1, end
+    text = text[place + 1 :]
+    while not (behind := text.strip()) and (text := stream.read(PIECE)):
+        pass
+    if behind:
+        raise DatasetError(f"{file}: there is more behind the end of the list: {behind[:40]!r}")
 
 
 def _skip(text: str, place: int) -> int:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from minivlm.config.experiment import RunConfig
 from minivlm.datasets.base import DatasetError
+from minivlm.datasets.loading import load
 from minivlm.datasets.sampling import BatchPlan
 from minivlm.datasets.streams import Cursor, Lane, SampleStream, ShuffledStream
-from minivlm.datasets.training_set import MAX_REPLACEMENTS, Source, TrainingSet, make_loader, quiet_worker
+from minivlm.datasets.training_set import MAX_REPLACEMENTS, Source, TrainingSet, make_loader
 from minivlm.processors.processor import VLMProcessor
 from minivlm.types import Batch, Encoded, SampleError
 
@@ -35,7 +36,7 @@ class Feed:
     def batches(self, start: int, stop: int) -> Generator[Batch]:
         """Batches ``start`` to ``stop``; with ``start`` > 0 the state of that place must have been restored.
 
-        Close the generator: its loading processes end with it, and would keep the program from ending.
+        Close the generator: its loading processes end with it.
         """
         raise NotImplementedError
 
@@ -145,23 +146,11 @@ class StreamedFeed(Feed):
 
     def batches(self, start: int, stop: int) -> Generator[Batch]:
         """Batches from the cursors on, which are moved behind each that is given."""
-        workers = self.run.num_workers
-        loader: DataLoader[Any] = DataLoader(
-            _MixedBatches(self, start, stop),
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            pin_memory=self.pin,
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=quiet_worker if workers else None,
-            generator=torch.Generator().manual_seed(self.run.seed),  # its own, so that dropout resumes exactly
-        )
-        for item in loader:
-            if isinstance(item, ValueError):
-                raise item
-            batch, lane, number, cursor = item
-            self.cursors[lane][number] = cursor
-            yield batch
+        made = load(_MixedBatches(self, start, stop), workers=self.run.num_workers, pin=self.pin, seed=self.run.seed)
+        with closing(made):
+            for batch, lane, number, cursor in made:
+                self.cursors[lane][number] = cursor
+                yield batch
 
     def state(self) -> list[list[Cursor | None]]:
         """The cursors by lane and dataset."""
@@ -183,10 +172,7 @@ class StreamedFeed(Feed):
 
 
 class _MixedBatches(IterableDataset[Any]):
-    """``(batch, lane, number of the dataset, cursor behind it)``, each loading process every n-th of them.
-
-    An error is given as a value: raised in a loading process it would lose its type.
-    """
+    """``(batch, lane, number of the dataset, cursor behind it)``, each loading process every n-th of them."""
 
     def __init__(self, feed: StreamedFeed, start: int, stop: int):
         self.streams, self.ratios, self.batch_sizes = feed.streams, feed.ratios, feed.batch_sizes
@@ -198,10 +184,7 @@ class _MixedBatches(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         first = self.start + (info.id if info else 0)
-        try:
-            yield from self._batches(first, first % self.workers)
-        except (DatasetError, SampleError) as error:
-            yield error
+        yield from self._batches(first, first % self.workers)
 
     def _batches(self, first: int, number: int) -> Iterator[tuple[Batch, int, int, Cursor]]:
         lane = Lane(self.rank * self.workers + number, self.world * self.workers, self.seed)
@@ -237,7 +220,3 @@ def sample_ratios(sources: Sequence[Source]) -> list[float] | None:
     """Sample ratios of the datasets, if any states one; those without count by 1."""
     given = [source.ratio for source in sources]
     return [ratio or 1.0 for ratio in given] if any(given) else None
-
-
-def _as_it_is(item: Any) -> Any:
-    return item

@@ -14,9 +14,10 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import groupby, islice
+from itertools import groupby, islice, takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import urlsplit
 
 from minivlm import registry
 from minivlm.datasets.base import DatasetBuilder, DatasetError
@@ -33,6 +34,8 @@ LOOKED_AT = 10
 TIMEOUT = 60.0
 """Seconds without an answer from a web server."""
 END_OF_TAR = bytes(1024)
+CUT_OFF = "it is cut off: the mark at the end of a tar file is missing"
+PIECE = 1 << 16
 
 
 class WebDatasetBuilder(DatasetBuilder[WebDatasetConfig]):
@@ -103,7 +106,9 @@ class ShardStream(SampleStream):
         self, name: str, shards: Sequence[str], resampled: bool, buffer: int, clean: Callable[[str], str] = str
     ):
         self.name, self.shards, self.resampled, self.buffer, self.clean = name, list(shards), resampled, buffer, clean
-        digest = hashlib.sha1("\n".join(shards).encode()).hexdigest()[:12]
+        names = shard_names(shards)  # not the paths, so that a run goes on when the folder was moved
+        digest = hashlib.sha1("\n".join(names).encode()).hexdigest()[:12]
+        self.names = {shard: f"{name}/{short}" for shard, short in zip(shards, names, strict=True)}
         self.signature = f"{len(shards)} shards {digest} resampled={resampled} buffer={buffer}"
 
     def check_lanes(self, count: int) -> None:
@@ -134,7 +139,7 @@ class ShardStream(SampleStream):
         found = (
             self._sample(content, self.shards[number])
             for number in chosen
-            for content in islice(read_shard(self.shards[number]), share)
+            for content in islice(self._read(self.shards[number]), share)
         )
         return islice(found, limit)
 
@@ -142,7 +147,10 @@ class ShardStream(SampleStream):
         """Local shards that are missing or cut off."""
         for shard in self.shards:
             if not _scheme(shard) and (reason := _fault(Path(shard))):
-                yield ShardError(shard_name(shard), reason)
+                yield ShardError(self.names[shard], reason)
+
+    def _read(self, shard: str) -> Iterator[dict[str, Any] | ShardError]:
+        return read_shard(shard, self.names[shard])
 
     def _place(self, lane: Lane, turn: int) -> tuple[int, int]:
         """The pass and the place in it of the shard that a lane reads at a turn; resampling knows one pass."""
@@ -159,12 +167,12 @@ class ShardStream(SampleStream):
         failed: dict[str, str] = {}  # since the last sample
         while True:
             shard = self._shard(lane, turn)
-            for number, content in enumerate(read_shard(shard), 1):
-                if isinstance(content, ShardError):
+            for number, content in enumerate(self._read(shard), 1):
+                if not isinstance(content, ShardError):
+                    failed.clear()
+                elif number == 1:  # nothing at all was read from it
                     failed.setdefault(shard, content.reason)
                     self._check_hope(failed)
-                else:
-                    failed.clear()
                 if number > skip:
                     yield _Record(content, shard, turn, [turn, number])
             turn, skip = turn + 1, 0
@@ -179,7 +187,7 @@ class ShardStream(SampleStream):
     def _sample(self, content: dict[str, Any] | ShardError, shard: str) -> Sample | SampleError:
         if isinstance(content, ShardError):
             return content
-        key = f"{shard_name(shard)}/{content['__key__']}"
+        key = f"{self.names[shard]}/{content['__key__']}"
         try:
             caption = self.clean(_caption(content, key))
             if not caption.strip():
@@ -202,25 +210,42 @@ class StoredPicture(io.BytesIO):
     __repr__ = __str__
 
 
-def read_shard(shard: str) -> Iterator[dict[str, Any] | ShardError]:
+def read_shard(shard: str, name: str) -> Iterator[dict[str, Any] | ShardError]:
     """The members of a shard by key: ``{"__key__": ..., "json": bytes, "jpg": bytes}``.
 
-    If the shard cannot be opened or is cut off, the last item says so.
+    If the shard cannot be opened or is cut off, the last item, with the id ``name``, says so.
     """
     from webdataset.tariterators import group_by_keys, tar_file_iterator
 
     empty = True
     try:
-        with open_shard(shard) as stream:
+        with open_shard(shard) as opened:
+            stream = _Tail(opened)
             members = tar_file_iterator(stream, select_files=_is_wanted)
             for content in group_by_keys({**member, "__url__": shard} for member in members):
                 empty = False
                 yield content
+            while stream.read(PIECE):  # tarfile takes a cut between or in headers for the end
+                pass
+            if _is_tar(shard) and stream.tail != END_OF_TAR:
+                raise ValueError(CUT_OFF)
     except Exception as error:  # what the backends of fsspec raise has no common class
-        yield ShardError(shard_name(shard), f"{shard}: {_reason(error)}; the rest of it is skipped")
+        yield ShardError(name, f"{shard}: {_reason(error)}; the rest of it is skipped")
         return
     if empty:
-        yield ShardError(shard_name(shard), f"{shard} holds no <key>.json beside a <key>.jpg")
+        yield ShardError(name, f"{shard} holds no <key>.json beside a <key>.jpg")
+
+
+class _Tail:
+    """A stream that keeps the last bytes that were read of it."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.tail = stream, b""
+
+    def read(self, size: int) -> bytes:
+        content = self.stream.read(size)
+        self.tail = (self.tail + content[-len(END_OF_TAR) :])[-len(END_OF_TAR) :]
+        return content
 
 
 def open_shard(shard: str) -> AbstractContextManager[BinaryIO]:
@@ -237,9 +262,12 @@ def open_shard(shard: str) -> AbstractContextManager[BinaryIO]:
     return open(shard, "rb")
 
 
-def shard_name(shard: str) -> str:
-    """The name of a shard's file without its ending."""
-    return PurePosixPath(shard).name.partition(".")[0]
+def shard_names(shards: Sequence[str]) -> list[str]:
+    """The paths of shards below the folder that they share, without ``.tar``: different for different shards."""
+    paths = [shard.split("/") for shard in shards]
+    levels = zip(*(folders for *folders, _ in paths), strict=False)
+    shared = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    return ["/".join(path[shared:]).removesuffix(".tar") for path in paths]
 
 
 def _scheme(shard: str) -> str:
@@ -277,14 +305,19 @@ def _picture(content: dict[str, Any], key: str, shard: str) -> StoredPicture:
     raise SampleError(key, f"it has no picture ({', '.join(f'.{ending}' for ending in PICTURES)})")
 
 
+def _is_tar(shard: str) -> bool:
+    """Whether a shard is a tar file as it is, not a compressed one."""
+    return PurePosixPath(urlsplit(shard).path if _scheme(shard) else shard).suffix == ".tar"
+
+
 def _fault(file: Path) -> str:
     """What is wrong with a local shard as a whole, or an empty string."""
     try:
         with file.open("rb") as stream:
             size = stream.seek(0, io.SEEK_END)
             stream.seek(max(0, size - len(END_OF_TAR)))
-            if file.suffix == ".tar" and stream.read() != END_OF_TAR:
-                return f"{file} is cut off: the mark at the end of a tar file is missing"
+            if _is_tar(str(file)) and stream.read() != END_OF_TAR:
+                return f"{file}: {CUT_OFF}"
     except OSError as error:
         return f"{file}: {error.strerror or error}"
     return ""

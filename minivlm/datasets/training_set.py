@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from minivlm import registry
 from minivlm.datasets.base import DatasetBuilder, DatasetError
+from minivlm.datasets.loading import load
+from minivlm.datasets.loading import quiet_worker as quiet_worker
 from minivlm.datasets.sampling import BatchPlan, RankBatches
 from minivlm.datasets.streams import SampleStream, ShuffledStream
 from minivlm.processors.processor import VLMProcessor
@@ -150,34 +150,17 @@ class TrainingSet(Dataset[Encoded]):
 
 def make_loader(
     data: TrainingSet, plan: BatchPlan, *, start: int, stop: int, rank: int, world: int, workers: int, pin: bool
-) -> DataLoader[Encoded]:
+) -> Generator[Batch]:
     """Batches ``start`` to ``stop`` of a plan for one process, made by ``workers`` processes."""
-    return DataLoader(
-        data,
-        batch_sampler=RankBatches(plan, start, stop, rank, world),
-        collate_fn=_Collate(data.processor),
-        num_workers=workers,
-        pin_memory=pin,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=quiet_worker if workers else None,
-        generator=torch.Generator().manual_seed(plan.seed),  # its own, so that dropout resumes exactly
-    )
+    batches = RankBatches(plan, start, stop, rank, world)
+    return load(_Batches(data), batches, workers=workers, pin=pin, seed=plan.seed)
 
 
-class _Collate:
-    """``processor.collate`` as a callable that can be sent to a worker."""
+class _Batches(Dataset[Batch]):
+    """The batch of a list of numbers."""
 
-    def __init__(self, processor: VLMProcessor):
-        self.processor = processor
+    def __init__(self, data: TrainingSet):
+        self.data = data
 
-    def __call__(self, samples: list[Encoded]) -> Batch:
-        return self.processor.collate(samples)
-
-
-def quiet_worker(_: int) -> None:
-    """Set-up of a loading process: the main process decides what Ctrl-C and SIGTERM mean."""
-    import signal
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    def __getitem__(self, keys: list[tuple[int, int]]) -> Batch:
+        return self.data.processor.collate([self.data[key] for key in keys])

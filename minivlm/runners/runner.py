@@ -42,6 +42,10 @@ class Interrupted(Exception):
     """Ctrl-C or SIGTERM: the state is saved and the run can be resumed."""
 
 
+class _StopWaiting(BaseException):
+    """A signal while data are awaited, which may take minutes; no error, so that no reader of data catches it."""
+
+
 class TrainingError(RuntimeError):
     """A run that cannot go on: non-finite losses, or too many bad samples."""
 
@@ -70,7 +74,7 @@ class Runner:
         self.folder = Path(self.run.output_dir)
         pin = engine.device.type == "cuda"
         self.feed = make_feed(sources, processor, self.run, rank=engine.rank, world=engine.world, pin=pin)
-        self.bad = BadSamples(self.folder, self.run.max_bad_share, self.feed.size, console)
+        self.bad = BadSamples(self.folder, self.run.max_bad_share, self.feed.size, console, self.is_main)
         self.steps_per_epoch = self.feed.steps_per_epoch
         self.total_steps = self.run.max_epoch * self.steps_per_epoch
         if self.run.max_steps is not None:
@@ -84,6 +88,7 @@ class Runner:
         self.trained = trained_names(model, trained_before)
         self.state = TrainState(precision=engine.precision, world=engine.world, data=self.feed.signature)
         self.stop_signal: int | None = None
+        self._waiting = False
         self._nonfinite_in_row = 0
         self._saved_step = -1
 
@@ -121,15 +126,17 @@ class Runner:
         """One optimiser step over ``accum_grad_iters`` micro batches, weighted by tokens of all processes."""
         start = time.perf_counter()
         before = self._progress()
-        micro = [next(batches) for _ in range(self.run.accum_grad_iters)]
+        micro = self._read(batches)
         waited = time.perf_counter() - start
         self.bad.note(micro)
         own = sum(int((batch.labels[:, 1:] >= 0).sum()) for batch in micro if batch.labels is not None)
         own_positions = sum(int(batch.attention_mask.sum()) for batch in micro)
-        supervised, positions, stop, bad, read = self.engine.sum(
-            own, own_positions, self.stop_signal or 0, *self.bad.state()
+        supervised, positions, stop, fresh, skipped, read = self.engine.sum(
+            own, own_positions, self.stop_signal or 0, len(self.bad.fresh), *self.bad.state()
         )
-        self.bad.check(int(bad), int(read))
+        if fresh:
+            self.bad.share(self.engine.gather(self.bad.fresh))
+        self.bad.check(int(skipped), int(read))
         if stop:
             self.stop_signal = self.stop_signal or int(stop)
             self._interrupt(before)  # what was just read is not trained on
@@ -164,6 +171,18 @@ class Runner:
             "data_wait": waited / seconds,
             "seconds": seconds,
         }
+
+    def _read(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro batches of a step; not all of them when a signal asks to stop, for then they are not trained on."""
+        micro: list[Batch] = []
+        try:
+            self._waiting = True
+            while self.stop_signal is None and len(micro) < self.run.accum_grad_iters:
+                micro.append(next(batches))
+            self._waiting = False
+        except _StopWaiting:
+            self._waiting = False
+        return micro
 
     def _after_step(self, log: RunLog | None) -> None:
         step = self.state.step
@@ -284,7 +303,7 @@ class Runner:
         if self.state.processes:
             own = self.state.processes[self.engine.rank]
             self.feed.restore(own["feed"])
-            self.bad.restore(own["bad"], self.is_main)
+            self.bad.restore(own["bad"], self.engine.gather(self.bad.written())[0])
         load_weights(self.model, source / "model")
         restore(source, self.optimizer, self.engine.scaler, self.engine.rank)
         if self.is_main:
@@ -296,8 +315,8 @@ class Runner:
             if then != now:
                 raise CheckpointError(
                     f"{source} was written with other {what} ({then}) than this run has ({now}); go on with the "
-                    "same processes, loading processes, datasets, batch sizes and seed, or start anew from its weights "
-                    f"with model.checkpoint={source} run.resume=none"
+                    "same processes, loading processes, datasets (of shards: file names and their order), batch sizes "
+                    f"and seed, or start anew from its weights with model.checkpoint={source} run.resume=none"
                 )
 
     def _leave_later_checkpoints(self, source: Path) -> None:
@@ -314,6 +333,8 @@ class Runner:
         if self.stop_signal is not None:  # a second Ctrl-C does not wait
             raise KeyboardInterrupt
         self.stop_signal = number
+        if self._waiting:
+            raise _StopWaiting
 
     def _interrupt(self, progress: dict[str, Any]) -> None:
         self.save(progress)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from minivlm.config.experiment import RunConfig
 from minivlm.datasets.base import DatasetError
-from minivlm.datasets.training_set import quiet_worker
+from minivlm.datasets.loading import load
 from minivlm.evaluation.vqa import evenly_spaced
 from minivlm.types import Batch, Encoded, Sample, SampleError
 
@@ -161,7 +161,7 @@ def batches_by_length(
     collate: Callable[[list[Encoded]], Batch],
     batch_size: int,
     num_workers: int = 0,
-) -> Iterator[tuple[list[int], Batch | None, list[SampleError]]]:
+) -> Generator[tuple[list[int], Batch | None, list[SampleError]]]:
     """``(numbers of samples, their batch, errors of those that cannot be used)``, samples of similar length together.
 
     The longest come first, so that a lack of memory shows at once. The batch is None where no sample is left.
@@ -169,14 +169,7 @@ def batches_by_length(
     # Characters stand for tokens: exact lengths would cost every picture to be opened and kept.
     order = sorted(range(len(samples)), key=lambda number: _size(samples[number]), reverse=True)
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    # A generator of its own: the loader's draw of a seed must not change the random state of training.
-    yield from DataLoader(
-        _Source(samples, groups, encode, collate),
-        batch_size=None,
-        num_workers=min(num_workers, len(groups)),
-        generator=torch.Generator(),
-        worker_init_fn=quiet_worker,
-    )
+    yield from load(_Source(samples, groups, encode, collate), workers=min(num_workers, len(groups)), ahead=2)
 
 
 class EvalBatches:
@@ -204,11 +197,12 @@ class EvalBatches:
     def __iter__(self) -> Iterator[tuple[list[int], Batch]]:
         self._refuse_bad()
         size, workers = self.run.batch_size_eval, self.run.num_workers
-        for numbers, batch, bad in batches_by_length(self._samples, self._encode, self._collate, size, workers):
-            self.bad += bad
-            self._refuse_bad()
-            if batch is not None:
-                yield numbers, batch
+        with closing(batches_by_length(self._samples, self._encode, self._collate, size, workers)) as batches:
+            for numbers, batch, bad in batches:
+                self.bad += bad
+                self._refuse_bad()
+                if batch is not None:
+                    yield numbers, batch
         if self.bad:
             log.warning("%d of %d samples were skipped; the first: %s", len(self.bad), self.total, self.bad[0])
 
