@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -177,15 +178,17 @@ def test_filling_has_no_dropout_and_leaves_the_mode(llava_data: Path, tmp_path: 
     torch.testing.assert_close(stored.float(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_features_beyond_half_precision_are_refused(llava_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_features_beyond_half_precision_are_refused(workers: int, llava_data: Path, tmp_path: Path) -> None:
+    """And the processes that read pictures end."""
     model, processor = build()
     with torch.no_grad():
         model.connector.qformer.encoder.layer[-1].output_query.LayerNorm.weight.fill_(1e6)
     cache = FeatureCache.for_model(tmp_path, model, processor)
     samples = [Sample("s", [], [llava_data / "images" / "0.png"])]
     with pytest.raises(FeatureCacheError, match=r"reach [\d.e+]+, which half precision does not hold"):
-        fill_cache.fill_cache(cache, model, processor, [samples])
-    assert not files(tmp_path)
+        fill_cache.fill_cache(cache, model, processor, [samples], workers=workers)
+    assert not files(tmp_path) and not multiprocessing.active_children()
 
 
 # --- when a cache is valid ------------------------------------------------------------------------------------------

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from minivlm.datasets.feature_cache import FeatureCache, FeatureCacheError
-from minivlm.datasets.training_set import quiet_worker
+from minivlm.datasets.loading import load
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
 from minivlm.types import Sample, SampleError
@@ -60,28 +61,24 @@ def fill_cache(
     done.missing = set(missing)
     # By key, since every process looked at the folder at another moment.
     mine = {key: place for key, place in missing.items() if int(key[:8], 16) % world == rank}
-    loader = DataLoader(
-        _Pictures(list(mine), list(mine.values()), processor),
-        batch_size=batch_size,
-        num_workers=min(workers, len(mine)),
-        collate_fn=_together,
-        worker_init_fn=quiet_worker if workers else None,
-        generator=torch.Generator(),  # its own, so that the random state of training is not drawn from
-    )
+    groups = [range(start, min(start + batch_size, len(mine))) for start in range(0, len(mine), batch_size)]
+    pictures = _Pictures(list(mine), list(mine.values()), processor)
+    batches = load(pictures, groups, workers=min(workers, len(groups)), ahead=2)
     writer = _Writer(cache)
     was_training = model.training
     model.eval()
     seen = 0
-    for keys, pixels, bad in loader:
-        for key, sample_id, reason in bad:
-            done.bad[sample_id] = done.unreadable[key] = reason
-        if keys:
-            with torch.inference_mode(), autocast() if autocast else torch.no_grad():
-                writer.add(keys, model.extract_features(pixels))
-        done.encoded += len(keys)
-        seen += len(keys) + len(bad)
-        if progress:
-            progress(seen, len(mine))
+    with closing(batches):
+        for keys, pixels, bad in batches:
+            for key, sample_id, reason in bad:
+                done.bad[sample_id] = done.unreadable[key] = reason
+            if keys:
+                with torch.inference_mode(), autocast() if autocast else torch.no_grad():
+                    writer.add(keys, model.extract_features(pixels))
+            done.encoded += len(keys)
+            seen += len(keys) + len(bad)
+            if progress:
+                progress(seen, len(mine))
     writer.flush()
     model.train(was_training)
     return done
@@ -109,8 +106,8 @@ def missing_pictures(
 
 
 @dataclass
-class _Pictures(Dataset[tuple[str, "dict[str, Tensor] | None", str, str]]):
-    """Key and pixels of a picture, or None, its sample's id and why it cannot be read."""
+class _Pictures(Dataset[tuple[list[str], dict[str, Tensor], list[tuple[str, str, str]]]]):
+    """Keys and pixels [N, 3, H, W] of pictures that can be read; key, sample id and reason of the others."""
 
     keys: list[str]
     places: list[Place]
@@ -119,7 +116,14 @@ class _Pictures(Dataset[tuple[str, "dict[str, Tensor] | None", str, str]]):
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, item: int) -> tuple[str, dict[str, Tensor] | None, str, str]:
+    def __getitem__(self, group: Sequence[int]) -> tuple[list[str], dict[str, Tensor], list[tuple[str, str, str]]]:
+        items = [self._read(item) for item in group]
+        good = [(key, pixels) for key, pixels, _, _ in items if pixels is not None]
+        stacked = {name: torch.stack([pixels[name] for _, pixels in good]) for name in good[0][1]} if good else {}
+        return [key for key, _ in good], stacked, [(key, i, why) for key, pixels, i, why in items if pixels is None]
+
+    def _read(self, item: int) -> tuple[str, dict[str, Tensor] | None, str, str]:
+        """Key and pixels of a picture, or None, its sample's id and why it cannot be read."""
         source, index, number = self.places[item]
         key, sample = self.keys[item], source[index]
         image = sample.images[number]
@@ -130,13 +134,6 @@ class _Pictures(Dataset[tuple[str, "dict[str, Tensor] | None", str, str]]):
         except OSError as error:
             return key, None, sample.id, str(error)
         return key, pixels, sample.id, ""
-
-
-def _together(items: list[Any]) -> tuple[list[str], dict[str, Tensor], list[tuple[str, str, str]]]:
-    """Keys and pixels [N, 3, H, W] of the pictures that could be read; key, sample id and reason of the others."""
-    good = [(key, pixels) for key, pixels, _, _ in items if pixels is not None]
-    stacked = {name: torch.stack([pixels[name] for _, pixels in good]) for name in good[0][1]} if good else {}
-    return [key for key, _ in good], stacked, [(key, i, why) for key, pixels, i, why in items if pixels is None]
 
 
 class _Writer:

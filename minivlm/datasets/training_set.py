@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 from minivlm import registry
 from minivlm.datasets.base import DatasetBuilder, DatasetError
 from minivlm.datasets.loading import load
-from minivlm.datasets.loading import quiet_worker as quiet_worker
 from minivlm.datasets.sampling import BatchPlan, RankBatches
 from minivlm.datasets.streams import SampleStream, ShuffledStream
 from minivlm.processors.processor import VLMProcessor
