@@ -26,7 +26,9 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
-        raise TokenizerError(f"model.language_model: cannot load a tokenizer from '{path}': {error}") from error
+        # What transformers says when it cannot read tokenizer.model for any reason.
+        hint = "; sentencepiece and protobuf do not go together (minivlm doctor)" if "tiktoken" in str(error) else ""
+        raise TokenizerError(f"model.language_model: cannot load a tokenizer from '{path}': {error}{hint}") from error
     if not tokenizer.is_fast:
         raise TokenizerError(f"the tokenizer of '{path}' has no fast version, which tells character offsets")
     if tokenizer.pad_token_id is None:
