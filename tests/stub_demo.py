@@ -17,7 +17,7 @@ ANSWERS = {
         " beside <p>the sun</p> {<75><2><97><27>}"
     ),
     "[refer] the sun": "{<75><2><97><27>}",
-    "[refer] nonsense": "<p>bad</p> {<90><10><20><300>} <p>open {<1><2> {<5><5><5><5>} <b onclick=alert(1)>x</b>",
+    "[refer] nonsense": "<p>bad</p> {<90><10><20><300>} <p>open {<1><2> {<6><5><5><5>} <b onclick=alert(1)>x</b>",
 }
 """What the model says to a question; to any other it says what it was asked."""
 

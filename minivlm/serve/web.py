@@ -107,7 +107,8 @@ def build_page(chat_factory: Callable[[], Chat], demo: DemoConfig) -> gr.Blocks:
         changes = [picture.input, picture.clear]
         changed = gr.on(changes, handlers.change_picture, [picture, session], [chatbot, session], **quick)
         changed.failure(handlers.drop_picture, session, [picture, chatbot, session], **quick)
-        gr.on([restart.click, chatbot.clear], handlers.restart, session, outputs, cancels=asked, **quick)
+        anew = gr.on([restart.click, chatbot.clear], handlers.restart, session, outputs, cancels=asked, **quick)
+        anew.then(handlers.show, session, chatbot, **quick)  # over a piece of an answer that was on its way
         for task, button in zip(TASKS, tasks):
             chosen = button.click(partial(choose_task, task), question, question, **quick)
             chosen.then(None, js=_FOCUS, **quick)

@@ -99,6 +99,10 @@ class Handlers:
             session.begin()
         return [], "", session
 
+    def show(self, session: Session | None) -> list[dict[str, Any]]:
+        """-> the conversation as it is."""
+        return [] if session is None else self._shown(session)
+
     def ask(
         self, question: str, picture: Any, beams: float, temperature: float, session: Session | None
     ) -> Iterator[tuple[Any, ...]]:
