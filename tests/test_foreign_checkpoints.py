@@ -112,6 +112,8 @@ def safetensors_bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("variant", "name"), [("vicuna0", "projected"), ("llama2", "llama2.projected")])
 def test_golden_minigpt4_projected_tokens(variant: str, name: str, suffix: str, safetensors_bases: Path) -> None:
     """ViT, ln_vision, Q-Former and projection come from three files of the original."""
+    if not {"pixels", name} <= set(expected()):
+        pytest.skip(f"this set has no pixels or no {name}")
     model, processor, _ = build(golden_minigpt4(variant, bases=None if suffix == ".pth" else safetensors_bases))
     model.eval()
     got = tokens(model, expected()["pixels"])
@@ -119,17 +121,6 @@ def test_golden_minigpt4_projected_tokens(variant: str, name: str, suffix: str, 
     torch.testing.assert_close(got, expected()[name], rtol=0, atol=1e-4)
     pixels = processor.load_pixels(golden_images()[0])["image"][None]
     torch.testing.assert_close(tokens(model, pixels), expected()[name][:1], rtol=0, atol=1e-4)
-
-
-def test_golden_minigpt4_positions_of_another_picture_size() -> None:
-    """The file is fitted, although its positions have another shape than the model's."""
-    size = json.loads((GOLDEN / "expected" / "expected.json").read_text())["interp_image_size"]
-    model = build(golden_minigpt4("vicuna0", image_size=size))[0].eval()
-    torch.testing.assert_close(model.vision_encoder.vit.pos_embed, expected()["interp.pos_embed"], rtol=0, atol=1e-4)
-    pixels = Image.open(golden_images()[1])
-    processor = build(golden_minigpt4("vicuna0", image_size=size))[1]
-    got = tokens(model, processor.load_pixels(pixels)["image"][None])
-    torch.testing.assert_close(got, expected()["interp.projected"], rtol=0, atol=1e-4)
 
 
 def test_golden_minigpt4_lora_of_both_spellings_of_peft(pth: Callable[..., str]) -> None:

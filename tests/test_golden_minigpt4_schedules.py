@@ -50,16 +50,6 @@ def test_the_three_ways_to_count_differ() -> None:
     assert len({cosine(RunConfig(**given, compat=compat), 20, 5)(8) for compat in (None, "minigpt4", "lavis")}) == 3
 
 
-def test_golden_minigpt4_decay_groups_of_what_trains() -> None:
-    """The projection alone trains: one group decays, one does not."""
-    expected = json.loads((GOLDEN / "expected" / "expected.json").read_text())["optim_groups"]
-    groups = [g for g in decay_groups(golden_section("minigpt4", "pretrain_vicuna0")) if g["params"]]
-    assert [[list(p.shape) for p in g["params"]] for g in groups] == [g["shapes"] for g in expected]
-    assert [g["weight_decay"] for g in groups] == [g["weight_decay"] for g in expected]
-    run = RunConfig()
-    assert all(g["betas"] == [run.beta1, run.beta2] for g in expected)
-
-
 @pytest.mark.parametrize(("arch", "model_type"), [a for a in list_model_defaults() if "gpt" in a[0]])
 @pytest.mark.parametrize("freeze", ["as packaged", "nothing"])
 def test_the_class_of_a_module_decays_what_the_names_of_minigpt4_do(arch: str, model_type: str, freeze: str) -> None:
