@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from minivlm import registry
+from minivlm.checkpoints.files import is_llava_folder
+from minivlm.checkpoints.llava_folder import describe, describe_language_model
 from minivlm.checkpoints.loading import check_files, check_weights, load_checkpoint, load_parts, names_files
 from minivlm.checkpoints.native import CheckpointError, find_model_folder, read_config, read_manifest
 from minivlm.config import ConfigError, ModelConfig, load_config
@@ -25,7 +28,7 @@ from minivlm.processors.configs import ImageConfig, ProcessorConfig
 from minivlm.processors.processor import VLMProcessor
 from minivlm.processors.template import Template
 from minivlm.processors.tokenizer import load_tokenizer
-from minivlm.schema import Part, forget_local
+from minivlm.schema import ModelPart, Part, forget_local
 
 DEFAULT_PROCESSOR = Part("vlm", ProcessorConfig(image=Part("image", ImageConfig())))
 
@@ -147,7 +150,11 @@ def assemble(
     language model may have none (to fill a feature cache).
     """
     folder = None
-    if config.checkpoint and not is_weight_file(config.checkpoint):
+    if config.checkpoint and is_llava_folder(Path(config.checkpoint)):
+        described = parse_model(describe(Path(config.checkpoint)), config.checkpoint)
+        config.checkpoint = described.checkpoint
+        config = _fill(config, described)
+    elif config.checkpoint and not is_weight_file(config.checkpoint):
         folder = find_model_folder(config.checkpoint)
         config = _with_checkpoint(config, folder)
     if not all(getattr(config, part) for part in (*PARTS, "template")):
@@ -156,6 +163,7 @@ def assemble(
             "give model.arch and model.model_type, or the parts"
         )
     assert config.language_model and config.template
+    _expand_base(config.language_model)
     check_files(config)
     language = config.language_model.config
     tokenizer_path = getattr(language, "tokenizer", None) or getattr(language, "path", None)
@@ -164,7 +172,9 @@ def assemble(
             "model.language_model.path: give the folder or hub id of the language model "
             "(a model from scratch, by `config`, needs `tokenizer` instead)"
         )
-    tokenizer = load_tokenizer(tokenizer_path, getattr(language, "revision", None))
+    tokenizer = load_tokenizer(
+        tokenizer_path, getattr(language, "revision", None), getattr(language, "special_tokens", None)
+    )
     if meta or names_files(config):
         model = _build(config, len(tokenizer), meta=True)
         check_weights(model, config, fetch=not meta)
@@ -177,6 +187,17 @@ def assemble(
             for report in model.load_reports:
                 print(report.summary, file=sys.stderr, flush=True)
     return model, build_processor(config, model, tokenizer), config
+
+
+def _expand_base(part: ModelPart) -> None:
+    """A language model in a layout that transformers does not read becomes its settings and ``weights``."""
+    path = getattr(part.config, "path", None)
+    found = describe_language_model(Path(path)) if path else None
+    if found:
+        part.config.path, part.weights = None, part.weights or found["weights"]
+        for key in ("config", "dtype", "tokenizer", "special_tokens"):
+            if getattr(part.config, key) is None:
+                setattr(part.config, key, found.get(key))
 
 
 def _build(config: ModelConfig, entries: int, **how: bool) -> VisionLanguageModel:
@@ -218,14 +239,49 @@ def _with_checkpoint(config: ModelConfig, folder: Path) -> ModelConfig:
         hint = f"it was made with parts of {', '.join(files)}: name them under imports: or import them first"
         raise CheckpointError(f"{error}\n{hint}") from error
     forget_local(saved)
+    return _fill(config, saved)
+
+
+def _fill(config: ModelConfig, saved: ModelConfig) -> ModelConfig:
+    """What a section leaves open of a model comes from what a checkpoint says of it."""
     # Saved picture settings belong to the saved encoder; a processor node of one's own is kept.
     says_nothing = config.processor in ({"name": "vlm"}, DEFAULT_PROCESSOR)
     if says_nothing:
-        config.processor = saved.processor if config.vision_encoder is None else DEFAULT_PROCESSOR
-    for name in ("vision_encoder", "connector", "language_model", "template"):
-        if getattr(config, name) is None:
-            setattr(config, name, getattr(saved, name))
+        own = config.vision_encoder is not None and _names_base(config.vision_encoder)
+        config.processor = DEFAULT_PROCESSOR if own else saved.processor
+    for part in PARTS:
+        setattr(config, part, _fill_part(getattr(config, part), getattr(saved, part)))
+    if config.template is None:
+        config.template = saved.template
     return config
+
+
+_BASE = ("path", "config", "revision", "pretrained")
+"""Settings that say where the weights of a part come from, or what it is built of."""
+
+
+def _names_base(part: ModelPart) -> bool:
+    return bool(part.weights) or any(getattr(part.config, key, None) for key in _BASE)
+
+
+def _fill_part(given: ModelPart | None, saved: ModelPart) -> ModelPart:
+    """A node with what a saved one of the same kind says of its base, if it names none, and with its adapters.
+
+    What trains is the node's own matter.
+    """
+    if given is None:
+        return saved
+    if given.name != saved.name:
+        return given
+    if hasattr(given, "lora"):
+        given.lora = given.lora or saved.lora
+    if not _names_base(given):
+        given.weights = saved.weights
+        if hasattr(given.config, "path"):  # what is left out there means as in the checkpoint
+            for item in dataclasses.fields(given.config):
+                if getattr(given.config, item.name) == item.default:
+                    setattr(given.config, item.name, getattr(saved.config, item.name))
+    return given
 
 
 def resolve_device(device: str) -> torch.device:

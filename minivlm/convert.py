@@ -49,6 +49,7 @@ def to_folder(source: str, target: Path, cfg_path: str | None, options: Sequence
     from minivlm.api import assemble
     from minivlm.checkpoints.native import CheckpointError, Manifest, save_model
     from minivlm.config import ModelConfig, load_config
+    from minivlm.models.vlm import PARTS
     from minivlm.paths import is_weight_file
 
     if cfg_path:
@@ -62,5 +63,8 @@ def to_folder(source: str, target: Path, cfg_path: str | None, options: Sequence
     else:
         config = ModelConfig(checkpoint=source)
     model, processor, config = assemble(config)
+    for part in PARTS:
+        if getattr(config, part).weights == source:  # the new folder must do without the old one
+            getattr(model, part).source = None
     save_model(target, model, config, processor, Manifest(trained=model.trained_before))
     print(f"{target}: a model folder; talk to it: minivlm chat {target}")

@@ -27,15 +27,9 @@ def export_minigpt4(folder: Path, target: Path) -> list[str]:
     # Buffers such as rotary frequencies are computed anew by every reader.
     tensors = read_weights("convert", str(folder / WEIGHTS)).tensors
     state = {name: tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}
-    renamed, lost = {}, []
-    for name, tensor in state.items():
-        theirs = MINIGPT4.back(name)
-        if theirs is None:
-            lost.append(name)
-        elif "lora_r" in settings:
-            renamed[theirs] = tensor
-        else:  # only with LoRA does peft put its own modules around the language model
-            renamed[theirs.replace("llama_model.base_model.model.", "llama_model.")] = tensor
+    renamed, lost = MINIGPT4.back(state)
+    if "lora_r" not in settings:  # only with LoRA does peft put its own modules around the language model
+        renamed = {k.replace("llama_model.base_model.model.", "llama_model."): v for k, v in renamed.items()}
     if lost:
         raise CheckpointError(f"{folder} cannot be written as MiniGPT-4, which has no {', '.join(lost[:3])}")
     content = {

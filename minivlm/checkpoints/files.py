@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -17,13 +18,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from minivlm.checkpoints.report import CheckpointError
-from minivlm.models.hub import read_torch
+from minivlm.models.hub import read_torch, weight_files
 from minivlm.paths import is_placeholder, is_url
 
 _NO_WEIGHTS = {
     b"version https://git-lfs": "it is a pointer of Git LFS, not the file itself: run git lfs pull",
     b"<": "it is a page of a web site, not the file itself: open the link in a browser and download it there",
 }
+ADAPTER = "adapter_config.json"
+_SETTINGS = {"config": "config.json", "adapter": ADAPTER}
 _NESTED = ("model", "state_dict", "module")
 
 
@@ -87,11 +90,13 @@ def fetch(key: str, url: str) -> Path:
 
 
 def read_weights(key: str, path: str, *, shapes_only: bool = False) -> WeightFile:
-    """Read a file of tensors; nothing in it is ever executed.
+    """Read a file of tensors, or a folder of Hugging Face's or LLaVA's kind; nothing in it is ever executed.
 
     With ``shapes_only`` the tensors lie on the meta device. Raises :class:`CheckpointError` for what is no
     such file, is damaged, or holds objects.
     """
+    if Path(path).is_dir():
+        return _read_folder(key, Path(path), shapes_only)
     local = local_path(key, path)
     try:
         content = _read_safetensors(local, shapes_only) if _is_safetensors(local) else _read_torch(local, shapes_only)
@@ -106,6 +111,61 @@ def read_weights(key: str, path: str, *, shapes_only: bool = False) -> WeightFil
         found = f"the keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else "other things"
         raise CheckpointError(f"{key}: {path} holds no mapping from names to tensors, but {found}")
     return WeightFile(path, local, tensors, extra)
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """The files of weights of a folder: a whole model, LoRA adapters and what trained beside them, a projector."""
+    if (folder / ADAPTER).is_file():
+        names = ("adapter_model.safetensors", "adapter_model.bin")
+        adapter = next((folder / name for name in names if (folder / name).is_file()), None)
+        beside = folder / "non_lora_trainables.bin"
+        return [file for file in (adapter, beside) if file and file.is_file()]
+    projector = folder / "mm_projector.bin"
+    return weight_files(folder) or ([projector] if projector.is_file() else [])
+
+
+def is_llava_folder(folder: Path) -> bool:
+    """Whether a folder is one of LLaVA's kind: a model, adapters, or a projector with its ``config.json``."""
+    if not (folder / "config.json").is_file():
+        return False
+    settings = read_json("model.checkpoint", folder / "config.json")
+    return "mm_vision_tower" in settings or "mm_projector_type" in settings
+
+
+def _read_folder(key: str, folder: Path, shapes_only: bool) -> WeightFile:
+    """The tensors of all files, and under ``extra`` what ``config.json`` and ``adapter_config.json`` say."""
+    files = folder_files(folder)
+    if not files:
+        raise CheckpointError(
+            f"{key}: {folder} holds no weights (model*.safetensors, pytorch_model*.bin, adapter_model.*, "
+            "mm_projector.bin)"
+        )
+    _check_shards(key, folder, files)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= read_weights(key, str(file), shapes_only=shapes_only).tensors
+    extra = {name: read_json(key, folder / file) for name, file in _SETTINGS.items() if (folder / file).is_file()}
+    return WeightFile(str(folder), folder, tensors, extra)
+
+
+def _check_shards(key: str, folder: Path, files: Sequence[Path]) -> None:
+    """Refuse a folder whose index names files that are not there."""
+    for index in folder.glob("*.index.json"):
+        named = set((read_json(key, index).get("weight_map") or {}).values())
+        lost = sorted(named - {file.name for file in folder.iterdir()})
+        if lost and any(file.name in named for file in files):
+            raise CheckpointError(f"{key}: {folder} lacks {', '.join(lost[:3])}, which {index.name} names")
+
+
+def read_json(key: str, file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; raises :class:`CheckpointError` for any other."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{key}: {file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{key}: {file} holds no mapping")
+    return content
 
 
 def _unpack(content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

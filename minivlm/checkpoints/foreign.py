@@ -7,11 +7,12 @@ In a pattern ``#`` stands for a number and ``*`` for one or more characters of a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from minivlm.checkpoints.files import WeightFile
@@ -25,13 +26,20 @@ Row = tuple[str, str]
 class Rule:
     """One name, or a family of names, of a file: what it is called in our model.
 
-    Without ``ours`` it is ignored, and ``why`` is the reason. With both, ``why`` is the reason for leaving out
-    what is numbered higher than anything in the model.
+    Several of ours share the rows of one tensor of theirs evenly, in order (a fused Wqkv), or with ``copied`` have
+    all of it each (the A matrix of its adapter). Without ``ours`` it is ignored, and ``why`` is the reason. With
+    both, ``why`` is the reason for leaving out what is numbered higher than anything in the model.
     """
 
     theirs: str
-    ours: str | None = None
+    ours: str | tuple[str, ...] | None = None
     why: str = ""
+    copied: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it is called in our model."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours or ()
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,12 @@ class Format:
 
     @property
     def part(self) -> str:
-        """The part whose ``weights:`` takes such a file; empty for one of a whole model."""
+        """The part whose ``weights:`` takes such a file; empty for one of a whole model, which every part takes."""
         return self.key.split(".")[1] if self.key.endswith(".weights") else ""
+
+    def always_of(self, part: str) -> tuple[str, ...]:
+        """What must be in the file when ``part`` (empty: the model) is filled from it."""
+        return (f"{part}.*",) if part and not self.part else self.always
 
     def recognises(self, names: Iterable[str]) -> bool:
         """Whether a file with these names is of this format."""
@@ -92,13 +104,28 @@ class Format:
                     return f"{name} has the shape {tuple(tensor.shape)}, but {rank} dimensions are wanted"
         return None
 
-    def back(self, name: str) -> str | None:
-        """What the file calls a tensor of our model, None if it has no place for it."""
+    def back(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Tensors of our model by the names of the file, and those of ours for which it has no place."""
+        done: dict[str, Tensor] = {}
+        lost = []
+        for name in tensors:
+            theirs, ours = self._place(name)
+            whole = [tensors[each] for each in ours if each in tensors]
+            if theirs is None or len(whole) < len(ours):
+                lost.append(name)
+            elif theirs not in done:
+                done[theirs] = whole[0] if len(whole) == 1 else torch.cat(whole)
+        return done, lost
+
+    def _place(self, name: str) -> tuple[str | None, list[str]]:
+        """What the file calls a tensor of ours, and which tensors of ours that one consists of."""
         for rule in self.rules:
-            found = rule.ours and _compiled(rule.ours).fullmatch(name)
-            if found:
-                return _fill(rule.theirs, found.groups())
-        return None
+            for pattern in rule.names:
+                found = _compiled(pattern).fullmatch(name)
+                if found:
+                    parts = [name] if rule.copied else [_fill(each, found.groups()) for each in rule.names]
+                    return _fill(rule.theirs, found.groups()), parts
+        return None, []
 
 
 @dataclass
@@ -112,7 +139,7 @@ class Translation:
 
 def prefixed(prefix: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
     """The rules for a module that other files hold below a prefix."""
-    return tuple(Rule(prefix + rule.theirs, rule.ours, rule.why) for rule in rules)
+    return tuple(replace(rule, theirs=prefix + rule.theirs) for rule in rules)
 
 
 def translate(form: Format, tensors: Mapping[str, Tensor], own: Iterable[str] | None = None) -> Translation:
@@ -122,36 +149,50 @@ def translate(form: Format, tensors: Mapping[str, Tensor], own: Iterable[str] | 
     that no rule knows stays as it is.
     """
     done = Translation({}, {}, {})
-    modules = None if own is None else {m for name in own for m in _numbered(name)}
+    known = None if own is None else set(own)
+    modules = None if known is None else {m for name in known for m in _numbered(name)}
     for name, tensor in tensors.items():
         rule, ours = _apply(form, name)
-        surplus = modules is not None and rule and rule.why and ours and not modules.issuperset(_numbered(ours))
-        if rule and (ours is None or surplus):
+        surplus = modules is not None and rule and rule.why and not all(modules >= _numbered(each) for each in ours)
+        if rule and (not ours or surplus):
             done.ignored.setdefault(rule.why, []).append(name)
-        else:
-            ours = ours or name
-            done.tensors[ours], done.theirs[ours] = tensor, name
+            continue
+        shares = [tensor] * len(ours) if not rule or rule.copied or not tensor.dim() else tensor.chunk(len(ours))
+        for each, share in zip(ours, shares, strict=False):  # what cannot be shared has another shape than is wanted
+            each = below_adapter(each, known) if known else each
+            done.tensors[each], done.theirs[each] = share, name
     return done
 
 
-def load_foreign(model: VisionLanguageModel, file: WeightFile, form: Format, key: str) -> LoadReport:
+def below_adapter(name: str, own: Container[str]) -> str:
+    """The name of a base weight in a model whose layer has an adapter around it."""
+    module, _, kind = name.rpartition(".")
+    wrapped = f"{module}.base_layer.{kind}"
+    return wrapped if name not in own and wrapped in own else name
+
+
+def load_foreign(model: VisionLanguageModel, file: WeightFile, form: Format, key: str, part: str = "") -> LoadReport:
     """Fill what a file of a foreign format holds into a model; raises like :func:`check_foreign`."""
-    report, tensors = check_foreign(model, file, form, key)
+    report, tensors = check_foreign(model, file, form, key, part)
     model.load_state_dict(tensors, strict=False)
     return report
 
 
 def check_foreign(
-    model: VisionLanguageModel, file: WeightFile, form: Format, key: str
+    model: VisionLanguageModel, file: WeightFile, form: Format, key: str, part: str = ""
 ) -> tuple[LoadReport, dict[str, Tensor]]:
     """Compare a file with a model, of which only names and shapes count; returns its tensors by our names, too.
 
-    Raises :class:`CheckpointError` with the reason and a report when it does not fit.
+    Of a file of a whole model, ``part`` takes what belongs to it. Raises :class:`CheckpointError` with the reason
+    and a report when it does not fit.
     """
     own = model.state_dict()
     given = translate(form, file.tensors, own)
-    needed = [*form.always, *(p for p in form.together if any(matches(p, name) for name in given.tensors))]
+    if part and not form.part:
+        _leave_others(given, part)
+    needed = [*form.always_of(part), *(p for p in form.together if any(matches(p, name) for name in given.tensors))]
     wanted = {n: t for n, t in own.items() if n in given.tensors or any(matches(p, n) for p in needed)}
+    wanted = {n: t for n, t in wanted.items() if n in given.tensors or not _may_lack(form, n, part)}
     report = LoadReport.compare(wanted, given.tensors, model.fits)
     report.unexpected = [given.theirs[name] for name in report.unexpected]
     report.ignored, report.where, report.what = given.ignored, f"{key} {file.path}", form.name
@@ -160,6 +201,17 @@ def check_foreign(
         text = reason or "it belongs to another model"
         raise CheckpointError(f"{key}: {file.path} ({form.name}) does not fit: {text}\n{report}")
     return report, given.tensors
+
+
+def _leave_others(given: Translation, part: str) -> None:
+    """Keep what belongs to one part."""
+    for name in [name for name in given.tensors if not name.startswith(f"{part}.")]:
+        del given.tensors[name], given.theirs[name]
+
+
+def _may_lack(form: Format, name: str, part: str) -> bool:
+    """Whether a tensor that is wanted need not be in the file: a base knows no adapters and leaves initial values."""
+    return bool(part) and (".lora_" in name or any(matches(pattern, name) for pattern in form.initial))
 
 
 def measure(size: Size, tensors: Mapping[str, Any]) -> int | None:
@@ -188,12 +240,13 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(re.escape(pattern).replace(r"\#", r"(\d+)").replace(r"\*", r"(.+)"))
 
 
-def _apply(form: Format, name: str) -> tuple[Rule | None, str | None]:
+def _apply(form: Format, name: str) -> tuple[Rule | None, list[str]]:
+    """The rule for a name of the file, and the names in our model; without a rule it keeps its name."""
     for rule in form.rules:
         found = _compiled(rule.theirs).fullmatch(name)
         if found:
-            return rule, None if rule.ours is None else _fill(rule.ours, found.groups())
-    return None, None
+            return rule, [_fill(ours, found.groups()) for ours in rule.names]
+    return None, [name]
 
 
 def _fill(pattern: str, values: Iterable[str]) -> str:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from minivlm.checkpoints.files import WeightFile, read_weights
+from minivlm.checkpoints.files import WeightFile, folder_files, is_llava_folder, read_json, read_weights
 from minivlm.checkpoints.foreign import Row, measure, translate
+from minivlm.checkpoints.llava_folder import describe
 from minivlm.checkpoints.loading import identify, what_else
-from minivlm.checkpoints.native import WEIGHTS, CheckpointError, find_model_folder, read_config, read_manifest
+from minivlm.checkpoints.native import WEIGHTS, find_model_folder, read_config, read_manifest
 from minivlm.io import readable_size
 from minivlm.models.hub import weight_files
+from minivlm.models.vlm import PARTS
 
 _KEY = "inspect"
 _SETTINGS: tuple[str, ...] = (
@@ -25,6 +26,10 @@ _VOCABULARIES = {
     32000: "LLaMA, Vicuna v1.1 or v1.5, Llama-2",
     32001: "Vicuna v0, to which published MiniGPT-4 files with a Q-Former belong",
 }
+_SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("image_size", "patch_size"),
+)
 _VISION = ("clip", "siglip", "dinov2", "vit", "eva", "convnext", "swin", "beit", "deit")
 
 
@@ -36,10 +41,12 @@ def inspect_path(path: str) -> list[Row]:
     folder = Path(path)
     if not folder.is_dir():
         return _file(path)
+    if is_llava_folder(folder):
+        return _llava_folder(folder)
     if (folder / "config.json").is_file():
         return _hugging_face(folder)
     if (folder / "adapter_config.json").is_file():
-        adapter = _json(folder / "adapter_config.json")
+        adapter = read_json(_KEY, folder / "adapter_config.json")
         rank, targets = adapter.get("r"), adapter.get("target_modules")
         rows = [("holds", "LoRA adapters of peft, which are not read on their own"), ("rank", str(rank))]
         return [*rows, ("on", _words(targets)), ("base", str(adapter.get("base_model_name_or_path")))]
@@ -104,8 +111,37 @@ def _model_folder(folder: Path) -> list[Row]:
     return rows + _contents(read_weights(_KEY, str(folder / WEIGHTS), shapes_only=True))
 
 
+def _llava_folder(folder: Path) -> list[Row]:
+    """A whole model, adapters, or a projector; which, its files tell."""
+    section = describe(folder)
+    file = read_weights(_KEY, str(folder), shapes_only=True)
+    form = identify(_KEY, file)
+    assert form  # or it could not be described
+    files = folder_files(folder)
+    rows = [("format", f"folder of LLaVA's kind, {len(files)} files, {readable_size(_size(files))}")]
+    rows += [("holds", form.name), ("good for", "model.checkpoint")]
+    rows += form.describe(file)
+    for part in PARTS:
+        node = section[part]
+        inner = node.get("config") or {}
+        sizes = [f"{key} {inner[key]}" for key in (*_SIZES, "vocab_size") if key in inner]
+        kind = str(inner.get("model_type") or node.get("path") or f"{node['name']} {node.get('depth', '')}").strip()
+        rows.append((part, ", ".join([kind, *sizes])))
+        if not (node.get("weights") or node.get("path") or part == "connector"):
+            rows.append(("to be named", f"model.{part}.path, on which it was trained"))
+    language = section["language_model"]
+    if language.get("weights") and not language.get("tokenizer"):
+        rows.append(("to be named", "model.language_model.tokenizer, which is not in the folder"))
+    rows.append(("template", section["template"]))
+    return rows + _contents(file)
+
+
+def _size(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
 def _hugging_face(folder: Path) -> list[Row]:
-    config = _json(folder / "config.json")
+    config = read_json(_KEY, folder / "config.json")
     kind = str(config.get("model_type"))
     text = {**config, **_mapping(config.get("text_config"))}
     is_vision = kind.startswith(_VISION)
@@ -113,16 +149,8 @@ def _hugging_face(folder: Path) -> list[Row]:
     rows = [("format", "folder of Hugging Face"), ("holds", f"model_type {kind}, {names}")]
     part = "vision_encoder" if is_vision else "language_model"
     rows.append(("good for", f"model.{part}.path (name: hf)"))
-    labels = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "image_size",
-        "patch_size",
-    )
     source = {**config, **_mapping(config.get("vision_config"))} if is_vision else text
-    rows += [(label, str(source[label])) for label in labels if source.get(label) is not None]
+    rows += [(label, str(source[label])) for label in _SIZES if source.get(label) is not None]
     if config.get("quantization_config"):
         rows.append(("quantisation", str(_mapping(config["quantization_config"]).get("quant_method"))))
     files = weight_files(folder)
@@ -130,7 +158,7 @@ def _hugging_face(folder: Path) -> list[Row]:
     for file in files:
         tensors |= read_weights(_KEY, str(file), shapes_only=True).tensors
     if tensors:
-        rows.append(("files", f"{len(files)}, {readable_size(sum(file.stat().st_size for file in files))}"))
+        rows.append(("files", f"{len(files)}, {readable_size(_size(files))}"))
         rows += _contents(WeightFile(str(folder), folder, tensors))
     else:
         rows.append(("files", "no weights (*.safetensors or pytorch_model*.bin)"))
@@ -147,18 +175,8 @@ def _vocabulary(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, A
         given.append(("vocab_size", f"{config['vocab_size']} in config.json, but {rows} embeddings"))
     kinds = [name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).is_file()]
     settings = folder / "tokenizer_config.json"
-    name = _json(settings).get("tokenizer_class", "") if settings.is_file() else ""
+    name = read_json(_KEY, settings).get("tokenizer_class", "") if settings.is_file() else ""
     return [*given, ("tokenizer", f"{name} ({', '.join(kinds)})".strip() if kinds else "none in this folder")]
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{_KEY}: {file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{_KEY}: {file} holds no mapping")
-    return content
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from minivlm.checkpoints import minigpt4, native
-from minivlm.checkpoints.files import WeightFile, check_path, local_path, read_weights
+from minivlm.checkpoints import llava, minigpt4, native
+from minivlm.checkpoints.files import WeightFile, check_path, is_llava_folder, local_path, read_weights
 from minivlm.checkpoints.foreign import Format, check_foreign, load_foreign, matches
 from minivlm.checkpoints.report import CheckpointError, LoadReport
 from minivlm.config.experiment import ModelConfig
@@ -19,13 +19,11 @@ from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.paths import is_url, is_weight_file
 
 _CHECKPOINT = "model.checkpoint"
-FORMATS: tuple[Format, ...] = (*minigpt4.FORMATS,)
+FORMATS: tuple[Format, ...] = (*minigpt4.FORMATS, *llava.FORMATS)
 """Formats of other projects, the more telling ones first; a further one is one more key map."""
 
 OTHERS = (
-    ("the adapters of peft, which are not read on their own", "base_model.model.*lora_A.*"),
-    ("a projection of LLaVA", "*mm_projector.*"),
-    ("a model of LLaVA", "*vision_tower.*"),
+    ("the vision encoder of a model of LLaVA", "*vision_tower.*"),
     ("CLIP or SigLIP of transformers: give its folder as model.vision_encoder.path", "vision_model.*"),
     ("CLIP in the names of OpenAI", "visual.*"),
     ("BERT", "*bert.encoder.layer.#.*"),
@@ -64,20 +62,23 @@ def check_files(config: ModelConfig) -> None:
             check_path(f"{key}.{setting}", getattr(node.config, setting, None))
         if node.weights:
             _check_file(f"{key}.weights", node.weights)
-    if config.checkpoint and is_weight_file(config.checkpoint):
+    if config.checkpoint and is_foreign(config.checkpoint):
         _check_file("model.checkpoint", config.checkpoint)
 
 
 def _check_file(key: str, path: str) -> None:
-    if not is_url(path):  # a URL is fetched when it is read
+    if not (is_url(path) or Path(path).is_dir()):  # a URL is fetched when it is read
         local_path(key, path)
+
+
+def is_foreign(checkpoint: str | None) -> bool:
+    """Whether ``model.checkpoint`` is a file or folder of another project, not a model folder of minivlm."""
+    return bool(checkpoint) and (is_weight_file(str(checkpoint)) or is_llava_folder(Path(str(checkpoint))))
 
 
 def names_files(config: ModelConfig) -> bool:
     """Whether there is something to compare with a model before it is loaded."""
-    return any(getattr(config, part).weights for part in PARTS) or bool(
-        config.checkpoint and is_weight_file(config.checkpoint)
-    )
+    return any(getattr(config, part).weights for part in PARTS) or is_foreign(config.checkpoint)
 
 
 def check_weights(shapes: VisionLanguageModel, config: ModelConfig, *, fetch: bool) -> None:
@@ -93,8 +94,8 @@ def check_weights(shapes: VisionLanguageModel, config: ModelConfig, *, fetch: bo
             file = read_weights(key, path, shapes_only=True)
             foreign, _ = _compare_part(shapes, part, file, key)
             if foreign:
-                check_foreign(shapes, file, foreign, key)
-    if config.checkpoint and is_weight_file(config.checkpoint) and (fetch or not is_url(config.checkpoint)):
+                check_foreign(shapes, file, foreign, key, part)
+    if config.checkpoint and is_foreign(config.checkpoint) and (fetch or not is_url(config.checkpoint)):
         file, form = _read_checkpoint(config.checkpoint, shapes_only=True)
         check_foreign(shapes, file, form, _CHECKPOINT)
 
@@ -117,7 +118,7 @@ def load_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:
     file = read_weights(key, path)
     form, report = _compare_part(model, part, file, key)
     if form:
-        report = load_foreign(model, file, form, key)
+        report = load_foreign(model, file, form, key, part)
         if form.base:
             _note_sources(model, form, file, report.matched)
         return report
@@ -135,7 +136,7 @@ def _compare_part(
     module = getattr(model, part)
     report = LoadReport.compare(module.state_dict(), file.tensors, module.fits)
     form = None if report.fits else identify(key, file)
-    if form and form.part != part:
+    if form and form.part != part and (form.part or not form.base):
         raise CheckpointError(f"{key}: {file.path} holds {form.name}; give it as {form.key}")
     if not form and not report.fits:
         text = f"{key}: {file.path} does not belong to this part"
@@ -155,7 +156,7 @@ def _note_sources(model: VisionLanguageModel, form: Format, file: WeightFile, lo
             both = join_hashes(module.source.get("sha256", ""), found["sha256"])
             module.source = {**module.source, "also": file.path, "sha256": both}
             module.unsourced &= left
-        elif part == form.part or not left:
+        elif form.part in ("", part) or not left:
             module.source, module.unsourced = found, frozenset(left)
 
 
@@ -183,7 +184,7 @@ def _read_checkpoint(path: str, *, shapes_only: bool = False) -> tuple[WeightFil
     form = identify(_CHECKPOINT, file)
     if form is None:
         raise CheckpointError(f"{_CHECKPOINT}: {path} is no checkpoint; it holds {what_else(file.tensors)}")
-    if form.part:
+    if form.part and form.base:
         raise CheckpointError(f"{_CHECKPOINT}: {path} holds {form.name}; give it as {form.key}")
     return file, form
 

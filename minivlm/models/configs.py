@@ -143,6 +143,11 @@ class HFLanguageModelConfig:
         None, help="settings of a model to be trained from scratch, with its model_type"
     )
     tokenizer: str | None = setting(None, help="folder or hub id of the tokenizer; default: path")
+    special_tokens: dict[str, str | list[str]] | None = setting(
+        None,
+        help="tokens that the tokenizer gets where it lacks them, by their role: {eos_token: </s>}, "
+        "{additional_special_tokens: [<a>, <b>]}",
+    )
     revision: str | None = None
     vocab_size: int | None = setting(
         None, ge=1, help="expected number of embeddings; weights with another number are refused; null: no check"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ class TokenizerError(ValueError):
     """A tokenizer that cannot be loaded or does not fit."""
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> Any:
+def load_tokenizer(
+    path: str, revision: str | None = None, special_tokens: Mapping[str, str | list[str]] | None = None
+) -> Any:
     """Load a tokenizer; ``asset:NAME`` is one that ships with the package.
 
+    ``special_tokens`` are given their role, and a new id where the tokenizer has none for them.
     Raises :class:`TokenizerError` if there is none, or if it cannot tell character offsets.
     """
     from transformers import AutoTokenizer
@@ -31,6 +35,8 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
         raise TokenizerError(f"model.language_model: cannot load a tokenizer from '{path}': {error}{hint}") from error
     if not tokenizer.is_fast:
         raise TokenizerError(f"the tokenizer of '{path}' has no fast version, which tells character offsets")
+    if special_tokens:
+        tokenizer.add_special_tokens(dict(special_tokens))
     if tokenizer.pad_token_id is None:
         # Only fills rows that a mask hides, so any id will do; the vocabulary must not grow.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -1,0 +1,150 @@
+"""The layouts of LLaVA and its kin: whole models, projectors, LoRA adapters with what trained beside them.
+
+A model of this family is one of transformers' language models with ``mm_projector`` and ``vision_tower`` put into
+it (LLaVA, Liu et al. 2023; LLaVA-1.5, Liu et al. 2024). Imp has two layouts: that one, and an older one with Phi-2
+as it was first published, its attention fused in ``Wqkv``.
+"""
+
+from __future__ import annotations
+
+from minivlm.checkpoints.files import WeightFile
+from minivlm.checkpoints.foreign import Format, Row, Rule, Size, prefixed
+
+_LM = "language_model.model."
+_BUFFER = "buffers, which are computed anew"
+_TOWER = (
+    Rule("vision_tower.vision_tower.vision_model.head.*", why="of the pooling head, which is not used"),
+    Rule("vision_tower.vision_tower.vision_model.embeddings.position_ids", why=_BUFFER),
+    Rule("vision_tower.vision_tower.vision_model.*.#.*", "vision_encoder.model.*.#.*", "of layers that are not used"),
+    Rule("vision_tower.vision_tower.vision_model.*", "vision_encoder.model.*"),
+)
+_PROJECTOR = (
+    Rule("mm_projector.#.*", "connector.layers.#.*"),
+    Rule("mm_projector.*", "connector.linear.*"),
+)
+_VISUAL = (*_TOWER, *_PROJECTOR)
+
+_LLAVA = (
+    Rule("*.rotary_emb.inv_freq", why=_BUFFER),
+    *prefixed("model.", _VISUAL),
+    Rule("model.*", _LM + "model.*"),
+    Rule("lm_head.*", _LM + "lm_head.*"),
+)
+
+_BLOCK, _OUR_BLOCK = "transformer.h.#.", _LM + "model.layers.#."
+_QKV = tuple(f"{_OUR_BLOCK}self_attn.{name}_proj." for name in "qkv")
+_LINEAR = {
+    "mixer.out_proj.": "self_attn.dense.",
+    "mlp.fc1.": "mlp.fc1.",
+    "mlp.fc2.": "mlp.fc2.",
+}
+_FUSED = (
+    *prefixed("transformer.", _VISUAL),
+    Rule("transformer.embd.wte.*", _LM + "model.embed_tokens.*"),
+    Rule(_BLOCK + "ln.*", _OUR_BLOCK + "input_layernorm.*"),
+    Rule(_BLOCK + "mixer.Wqkv.*", tuple(name + "*" for name in _QKV)),
+    *(Rule(f"{_BLOCK}{theirs}*", f"{_OUR_BLOCK}{ours}*") for theirs, ours in _LINEAR.items()),
+    Rule("transformer.h.#.mixer.rotary_emb.*", why=_BUFFER),
+    Rule("lm_head.ln.*", _LM + "model.final_layernorm.*"),
+    Rule("lm_head.linear.*", _LM + "lm_head.*"),
+)
+
+
+def _adapters(theirs: str, ours: tuple[str, ...]) -> tuple[Rule, ...]:
+    """The two matrices of an adapter, in the spelling that is written and in the one with the adapter's name."""
+    return tuple(
+        Rule(
+            f"{theirs}lora_{ab}{adapter}.weight",
+            tuple(f"{name}lora_{ab}.default.weight" for name in ours),
+            copied=ab == "A" and len(ours) > 1,
+        )
+        for adapter in ("", ".default")
+        for ab in "AB"
+    )
+
+
+_PEFT = "base_model.model."
+_LLAVA_LORA = (
+    *_adapters("model.*.", (_LM + "model.*.",)),
+    *_adapters("lm_head.", (_LM + "lm_head.",)),
+    *_LLAVA,
+)
+_FUSED_LORA = (
+    *_adapters(_BLOCK + "mixer.Wqkv.", _QKV),
+    *(rule for theirs, ours in _LINEAR.items() for rule in _adapters(_BLOCK + theirs, (_OUR_BLOCK + ours,))),
+    *_adapters("lm_head.linear.", (_LM + "lm_head.",)),
+    *_FUSED,
+)
+
+_LANGUAGE = "model.language_model.config."
+_MODEL_SIZES = (
+    Size("width of the language model", _LANGUAGE + "hidden_size", _LM + "model.embed_tokens.weight", 1),
+    Size("layers of the language model", _LANGUAGE + "num_hidden_layers", _LM + "model.layers.#.mlp.fc1.weight", None),
+    Size(
+        "layers of the language model", _LANGUAGE + "num_hidden_layers", _LM + "model.layers.#.mlp.up_proj.weight", None
+    ),
+    Size("embeddings", _LANGUAGE + "vocab_size", _LM + "model.embed_tokens.weight", 0),
+)
+_VISION_SIZES = (
+    Size("width of the vision encoder", "model.vision_encoder", "connector.layers.0.weight", 1),
+    Size("width of the language model", "model.language_model", "connector.layers.2.weight", 0),
+)
+_RANK = Size("rank of LoRA", "model.language_model.lora.r", "language_model.*.lora_A.default.weight", 0)
+_UNUSED_NORM = ("vision_encoder.model.post_layernorm.*",)
+
+
+def _describe_lora(file: WeightFile) -> list[Row]:
+    settings = file.extra.get("adapter")
+    if not isinstance(settings, dict):
+        return []
+    targets = settings.get("target_modules")
+    named = ", ".join(sorted(map(str, targets))) if isinstance(targets, list) else str(targets)
+    rows = [("LoRA", f"rank {settings.get('r')}, alpha {settings.get('lora_alpha')}, on {named}")]
+    base = settings.get("base_model_name_or_path")
+    return [*rows, ("base", str(base))] if base else rows
+
+
+def _whole(name: str, signature: tuple[str, ...], rules: tuple[Rule, ...]) -> Format:
+    return Format(
+        name,
+        "model.checkpoint",
+        signature,
+        rules,
+        always=(),
+        initial=_UNUSED_NORM,
+        sizes=(*_MODEL_SIZES, *_VISION_SIZES),
+        base=True,
+    )
+
+
+def _lora(name: str, signature: str, rules: tuple[Rule, ...]) -> Format:
+    return Format(
+        name,
+        "model.checkpoint",
+        (signature,),
+        prefixed(_PEFT, rules),
+        always=("language_model.*.lora_*",),
+        together=("connector.*",),
+        sizes=(_RANK, *_VISION_SIZES),
+        describe=_describe_lora,
+    )
+
+
+FUSED = _whole("Phi-2 in its first layout", ("transformer.h.#.mixer.Wqkv.weight",), _FUSED)
+LLAVA = _whole("a model of LLaVA's layout", ("model.layers.#.*", "*mm_projector.*"), _LLAVA)
+FUSED_LORA = _lora("LoRA on Phi-2 in its first layout", _PEFT + "transformer.h.#.*lora_A.*", _FUSED_LORA)
+LLAVA_LORA = _lora("LoRA in LLaVA's layout", _PEFT + "*lora_A.*", _LLAVA_LORA)
+PROJECTOR = Format(
+    "a projector of LLaVA's first stage",
+    "model.connector.weights",
+    ("*mm_projector.*",),
+    # Whatever stands in front: it is `model.`, `transformer.` or nothing.
+    tuple(
+        rule
+        for prefix in ("model.", "transformer.", "base_model.model.model.", "base_model.model.transformer.", "")
+        for rule in prefixed(prefix, _PROJECTOR)
+    ),
+    always=("connector.*",),
+    sizes=_VISION_SIZES,
+)
+FORMATS = (FUSED_LORA, LLAVA_LORA, FUSED, LLAVA, PROJECTOR)
