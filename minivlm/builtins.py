@@ -69,7 +69,10 @@ _RECORDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         "datasets.llava_json:LlavaJsonBuilder",
         "datasets.configs:LlavaJsonConfig",
         "LLaVA records: JSON or JSONL with pictures in a folder",
-        ("llava_conversation", "llava_detail", "llava_reason", "multitask_conversation"),
+        (
+            *("llava_conversation", "llava_detail", "llava_reason", "multitask_conversation"),
+            *("blip_laion_cc_sbu_558k", "llava_v1_5_mix665k"),
+        ),
     ),
     "caption_json": (
         "datasets.instruction_json:CaptionJsonBuilder",
@@ -99,7 +102,7 @@ _RECORDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         ("unnatural_instruction",),
     ),
 }
-"""Formats of records, each with the names under which MiniGPT-v2 has data of that kind."""
+"""Formats of records, each with the names under which MiniGPT-v2, LLaVA-1.5 and Imp have data of that kind."""
 
 _SUMMARIES = {
     ("vision_encoder", "hf"): "any transformers vision model (CLIP, SigLIP, DINOv2, ...), by folder or id",
@@ -124,6 +127,8 @@ _SUMMARIES = {
     ("dataset", "cc_sbu"): "MiniGPT-4's first stage: CC and SBU pictures with BLIP captions, in tar shards",
     ("processor", "lavis"): "any picture processor of LAVIS, for model.processor.image",
     ("dataset", "lavis"): "any picture dataset of LAVIS, read by its own builder",
+    ("dataset", "blip_laion_cc_sbu_558k"): "first stage of LLaVA-1.5 and Imp: pictures with BLIP captions",
+    ("dataset", "llava_v1_5_mix665k"): "second stage of LLaVA-1.5 and Imp: conversations, some without a picture",
     ("task", "image_text_pretrain"): "train on captions or conversations; evaluate the loss",
     ("task", "instruction_tuning"): "the same, under the name that users of LLaVA look for",
     ("task", "vqa"): "answer questions; accuracy per question type beside two baselines",
@@ -145,7 +150,8 @@ def register_all() -> None:
             register(kind, name, f"minivlm.{target}", summary=_SUMMARIES[kind, name], **extra)
     for format_name, (target, settings, summary, names) in _RECORDS.items():
         for name in (format_name, *names):
-            said = summary if name == format_name else f"{format_name} as MiniGPT-v2 names it"
+            named = _SUMMARIES.get(("dataset", name), f"{format_name} as MiniGPT-v2 names it")
+            said = summary if name == format_name else named
             register("dataset", name, f"minivlm.{target}", config=f"minivlm.{settings}", summary=said)
     for path in sorted((CONFIGS / "templates").glob("*.yaml")):
         register("template", path.stem, path, config="minivlm.processors.configs:TemplateConfig")

@@ -152,12 +152,16 @@ class StageConfig:
 
 @dataclass
 class Experiment:
-    """A whole file: one or several stages that run one after the other."""
+    """A whole file: one or several stages that run one after the other.
+
+    ``variables`` says of (stage, key) which environment variable can give the value.
+    """
 
     stages: list[StageConfig]
     source: Path | None = None
     notes: list[str] = field(default_factory=list)
     imports: list[str] = field(default_factory=list)
+    variables: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def stage(self, name: str) -> StageConfig:
         """The stage of that name; raises KeyError with the known names."""

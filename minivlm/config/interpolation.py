@@ -30,6 +30,12 @@ def resolve(tree: Tree) -> list[Problem]:
     return problems
 
 
+def variables(tree: Tree) -> dict[KeyPath, str]:
+    """The places that still stand as ``${oc.env:NAME}`` or ``${oc.env:NAME,default}``, and the names."""
+    found = {path: re.fullmatch(r"\$\{oc\.env:(\w+)(,.*)?\}", str(value)) for path, value in leaves(tree.values)}
+    return {path: match[1] for path, match in found.items() if match}
+
+
 def peek(tree: Tree, path: KeyPath) -> Any:
     """The value at a path of mappings, resolved where that is possible; None if there is none."""
     value = tree.get(path)

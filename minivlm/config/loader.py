@@ -12,7 +12,7 @@ from minivlm import registry
 from minivlm.config.defaults import add_dataset_defaults, add_model_defaults, list_model_defaults
 from minivlm.config.errors import ConfigError, Problem
 from minivlm.config.experiment import Experiment, ModelConfig, StageConfig
-from minivlm.config.interpolation import peek, resolve
+from minivlm.config.interpolation import peek, resolve, variables
 from minivlm.config.layers import overlay
 from minivlm.config.legacy import translate
 from minivlm.config.nodes import belongs, places
@@ -50,7 +50,8 @@ def load_config(path: str | os.PathLike[str], options: Sequence[str] | None = No
     ready = [stage for stage in stages if stage is not None]
     if work.problems:
         raise ConfigError(work.problems)
-    return Experiment(ready, Path(name), list(dict.fromkeys(work.notes)), list(dict.fromkeys(work.imports)))
+    notes, imports = (list(dict.fromkeys(each)) for each in (work.notes, work.imports))
+    return Experiment(ready, Path(name), notes, imports, work.variables)
 
 
 def parse_model(container: dict[str, Any], where: str) -> ModelConfig:
@@ -83,6 +84,7 @@ class _Loading:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     imports: list[str] = field(default_factory=list)
+    variables: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def read(self, name: str, above: tuple[Path, ...]) -> Tree | None:
         """A file over the files of its ``base:``, or None if one of them cannot be read."""
@@ -159,10 +161,13 @@ class _Loading:
         """Add the defaults of one stage, resolve it and build it."""
         with_model = add_model_defaults(tree, self.problems)
         tree = add_dataset_defaults(with_model or tree, self.problems)
+        asked = variables(tree)
         unresolved = [*resolve(tree), *_placeholders(tree)]
         # What cannot be resolved would be reported a second time as a value of the wrong type.
         places_of = {(p.file, p.line, p.key) for p in unresolved}
         stage, problems = validate(tree.values, StageConfig, tree.problem)
+        if stage is not None:
+            self.variables |= {(stage.name, ".".join(path)): name for path, name in asked.items()}
         if with_model is not None:
             problems += _missing_parts(tree)
         problems += _cached_crops(tree) + _other_size(tree)

@@ -29,6 +29,12 @@ class RecordConfig(DatasetConfig):
 
     annotations: dict[str, str] | str = setting(help="JSON or JSONL file, or one for each split")
     images: str | None = setting(None, help="folder of the pictures; default: the annotation file's folder")
+    source: str | None = setting(None, help="where these files come from, said when they are not there")
+    layout: dict[str, str | None] | None = setting(
+        None,
+        help="folders that must lie below `images` and hold something, with where each comes from (null: not asked "
+        "for); all that lack are named before anything is read",
+    )
 
 
 @dataclass(kw_only=True)

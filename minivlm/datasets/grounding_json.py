@@ -6,7 +6,6 @@ forms that take a whole caption. A box is [left, top, right, bottom]; ``boxes`` 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -63,7 +62,7 @@ class GroundingJsonDataset(InstructionDataset[GroundingJsonConfig]):
             return 100, 100
         if "width" in record and "height" in record:
             return record["width"], record["height"]
-        path: Path = self.images / record["image"]
+        path = self.picture(record["image"])
         try:
             with Image.open(path) as opened:  # reads the header alone
                 return opened.size

@@ -32,7 +32,7 @@ class InstructionDataset(RecordDataset[ConfigT]):
                 Message("user", f"{IMAGE_MARKER} {request}"),
                 Message("assistant", answers[0] if learned is None else learned),
             ],
-            images=[self.images / record["image"]],
+            images=[self.picture(record["image"])],
             meta={
                 "question": text or request,
                 "answers": answers,

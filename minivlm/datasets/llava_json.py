@@ -31,8 +31,8 @@ ROLES = {
     "system": "system",
 }
 """Names of the speakers in a file and their roles in a :class:`Message`."""
-KNOWN_KEYS = ("id", "image", "conversations", "answers", "question_type", "model")
-"""Keys of a record. ``answers`` and ``question_type`` serve evaluation; LLaVA's own mix has ``model``."""
+KNOWN_KEYS = ("id", "image", "conversations", "answers", "question_type", "model", "blip_caption", "url")
+"""Keys of a record. ``answers`` and ``question_type`` serve evaluation; LLaVA's own data have the last three."""
 TURN_KEYS = ("from", "value", "role", "content")
 
 
@@ -49,7 +49,7 @@ class LlavaJsonDataset(RecordDataset[LlavaJsonConfig]):
         return Sample(
             id=sample_id,
             messages=[Message(ROLES[speaker], text) for speaker, text in turns],
-            images=[self.images / name for name in image_names(record)],
+            images=[self.picture(name) for name in image_names(record)],
             meta={key: record[key] for key in ("answers", "question_type") if key in record},
         )
 
@@ -68,8 +68,9 @@ def turn_of(turn: dict[str, Any]) -> tuple[Any, Any]:
 def check_record(record: Any, index: int) -> list[str]:
     """Everything that is wrong with a record, as ``"<kind>: <what>"``; an empty list if nothing is.
 
-    Kinds: ``record`` and ``picture path`` (it cannot be used), ``unknown key``, ``role order`` and
-    ``marker count`` (it may become a sample, but hardly the one that was meant).
+    Kinds: ``record`` and ``picture path`` (it cannot be used), ``nothing supervised`` (an answer is empty, which
+    templates refuse), ``unknown key``, ``role order`` and ``marker count`` (it may become a sample, but hardly the
+    one that was meant).
     """
     if not isinstance(record, dict):
         return [f"record: record {index} is not an object {{...}} but {kind_of(record)}"]
@@ -87,6 +88,11 @@ def check_record(record: Any, index: int) -> list[str]:
     found += [text for number, turn in enumerate(turns, 1) for text in _check_turn(turn, number)]
     if not any(text.startswith(UNUSABLE) for text in found):
         found += _check_order([ROLES[turn_of(turn)[0]] for turn in turns])
+        found += [
+            f"nothing supervised: the answer in turn {number} is empty"
+            for number, (speaker, text) in enumerate(map(turn_of, turns), 1)
+            if ROLES[speaker] == "assistant" and not text.strip()
+        ]
         markers = sum(turn_of(turn)[1].count(IMAGE_MARKER) for turn in turns)
         pictures = len(image_names(record))
         if markers != pictures:

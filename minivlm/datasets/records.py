@@ -7,6 +7,7 @@ asked for, so that a file of any length costs its worker processes 16 bytes a re
 from __future__ import annotations
 
 import json
+import os
 import re
 from array import array
 from collections.abc import Iterable, Sequence
@@ -15,11 +16,13 @@ from typing import Any, Generic, TypeVar
 
 from minivlm.datasets.base import DatasetBuilder, DatasetError
 from minivlm.datasets.configs import RecordConfig
+from minivlm.datasets.layout import check_layout
 from minivlm.registry import suggest
 from minivlm.types import Sample, SampleError
 
 UNUSABLE = ("record", "picture path")
 """Kinds of complaints about a record with which it cannot become a sample."""
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
 
 ConfigT = TypeVar("ConfigT", bound=RecordConfig)
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -77,9 +80,25 @@ class RecordDataset(Sequence[Sample], Generic[ConfigT]):
                 "the file is not UTF-8, or it was changed after it was opened",
             ) from error
 
+    def picture(self, name: str) -> Path:
+        """The file of a picture: where it is absent, one that is named alike but for the ending of a picture.
+
+        Records name every picture of OCR-VQA ``.jpg``, while its loader writes ``.gif`` and ``.png``, too.
+        """
+        path = self.images / name
+        if os.path.exists(path) or path.suffix.lower() not in PICTURE_ENDINGS:
+            return path
+        others = (path.with_suffix(ending) for ending in PICTURE_ENDINGS)
+        return next((other for other in others if os.path.isfile(other)), path)
+
     def check(self, index: int) -> list[str]:
-        """What the data doctor asks of a record: :meth:`complaints`."""
-        return self.complaints(self.record(index), index)
+        """What the data doctor asks of a record: :meth:`complaints`, and pictures found under another ending."""
+        record = self.record(index)
+        found = self.complaints(record, index)
+        if any(text.startswith(UNUSABLE) for text in found):
+            return found
+        files = [(self.images / name, self.picture(name)) for name in image_names(record)]
+        return found + [f"other ending: {named} lies there as {file.name}" for named, file in files if file != named]
 
 
 class RecordBuilder(DatasetBuilder[ConfigT]):
@@ -97,23 +116,15 @@ class RecordBuilder(DatasetBuilder[ConfigT]):
         return dict(given) if isinstance(given, dict) else {"train": given}
 
     def build(self, split: str) -> RecordDataset[ConfigT]:
-        """The records of a split; raises :class:`DatasetError` if a file or folder is not there."""
+        """The records of a split; raises :class:`DatasetError` that names all files and folders which are not there."""
         files = self._files()
         if split not in files:
             raise DatasetError(
                 f"dataset '{self.name}' has no split '{split}'{suggest(split, files)}; it has: {', '.join(files)}"
             )
         path = Path(files[split]).expanduser()
-        if not path.is_file():
-            raise DatasetError(
-                f"dataset '{self.name}': there is no annotation file {path} for split '{split}'; "
-                "correct `annotations` or put the file there"
-            )
         images = path.parent if self.config.images is None else Path(self.config.images).expanduser()
-        if not images.is_dir():
-            raise DatasetError(
-                f"dataset '{self.name}': there is no folder {images}; correct `images`, the folder of the pictures"
-            )
+        check_layout(self.name, split, path, images, self.config)
         return self.dataset(path, images, self.config, self.name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -85,9 +86,15 @@ def source_of(path: str, revision: str | None) -> dict[str, str]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of weights of a folder of Hugging Face: one, or all shards."""
+    return [folder / name for name in weight_names(file.name for file in folder.iterdir())]
+
+
+def weight_names(names: Iterable[str]) -> list[str]:
+    """Which of the names in a folder of Hugging Face are its weights: one, or all shards."""
     # Beside its shards a folder may hold the same weights once more, in another format or by other names.
     patterns = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
-    return next((files for pattern in patterns if (files := sorted(folder.glob(pattern)))), [])
+    listed = sorted(names)
+    return next((found for pattern in patterns if (found := fnmatch.filter(listed, pattern))), [])
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -46,7 +46,7 @@ def _check_stage(stage: StageConfig, console: Console, limit: int) -> bool:
                 fine = False
                 continue
             print_report(report, console)
-            fine &= not report.findings
+            fine &= report.ok
             if split in run.train_splits:
                 _show_samples(preview(builder.build(split), processor, run.seed), processor.tokenizer, console)
     return fine
