@@ -104,6 +104,9 @@ _RECORDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
 }
 """Formats of records, each with the names under which MiniGPT-v2, LLaVA-1.5 and Imp have data of that kind."""
 
+_TEMPLATE_ALIASES = {"vicuna_v1": ("phi2",)}
+"""Packaged templates that another system has under another name: Imp's phi2."""
+
 _SUMMARIES = {
     ("vision_encoder", "hf"): "any transformers vision model (CLIP, SigLIP, DINOv2, ...), by folder or id",
     ("vision_encoder", "timm"): "any timm model by name",
@@ -154,4 +157,5 @@ def register_all() -> None:
             said = summary if name == format_name else named
             register("dataset", name, f"minivlm.{target}", config=f"minivlm.{settings}", summary=said)
     for path in sorted((CONFIGS / "templates").glob("*.yaml")):
-        register("template", path.stem, path, config="minivlm.processors.configs:TemplateConfig")
+        for name in (path.stem, *_TEMPLATE_ALIASES.get(path.stem, ())):
+            register("template", name, path, config="minivlm.processors.configs:TemplateConfig")

@@ -61,6 +61,7 @@ class Encoded:
 
     ``pixels`` holds for every input name of the encoder (``image``; a dual encoder has two) one tensor
     [3, H, W] per picture; ``features`` holds cached encoder outputs [tokens, channels] instead.
+    ``tokens_per_image`` counts the positions of every picture, fewer than its visual tokens where it was cut off.
     """
 
     input_ids: list[int]
@@ -83,6 +84,7 @@ class Batch:
 
     ``input_ids``, ``attention_mask``, ``labels``: [B, L] (long, long, long). ``pixels``: name ->
     [N, 3, H, W]; ``features``: [N, tokens, channels] from the cache, then ``pixels`` is empty.
+    ``image_tokens`` holds how many visual tokens of each picture have a position (None: all of all pictures).
     Rows are padded on the right for training and on the left for generation.
     """
 
@@ -91,6 +93,7 @@ class Batch:
     labels: torch.Tensor | None = None
     pixels: dict[str, torch.Tensor] = field(default_factory=dict)
     features: torch.Tensor | None = None
+    image_tokens: list[int] | None = None
     padding_side: str = "right"
     sample_ids: list[str] = field(default_factory=list)
     skipped: list[SampleError] = field(default_factory=list)

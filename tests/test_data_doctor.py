@@ -88,7 +88,8 @@ class FakeProcessor:
         limit = self.config.max_length
         if len(ids) > limit and self.config.on_overflow == "error":
             raise SampleError(sample.id, f"{len(ids)} tokens do not fit into {limit}")
-        if all(label == IGNORE_INDEX for label in labels[:limit]):
+        seen = labels if self.config.on_overflow == "cut_right" else labels[:limit]
+        if all(label == IGNORE_INDEX for label in seen):
             raise SampleError(sample.id, "nothing is supervised")
         return Encoded(ids[:limit], labels[:limit], tokens_per_image=[16] * len(sample.images), sample_id=sample.id)
 
@@ -149,8 +150,9 @@ def test_role_order_is_found(build: Build) -> None:
         ({}, 0, "its end is cut"),
         ({"on_overflow": "error"}, 1, "not fit into 60"),
         ({"max_length": 40}, 1, "at most 40"),
+        ({"max_length": 40, "on_overflow": "cut_right"}, 0, "all of its answers are cut off"),
     ],
-    ids=["cut", "refused", "answer cut off"],
+    ids=["cut", "refused", "answer cut off", "kept without answer"],
 )
 def test_long_samples_show_their_true_length(build: Build, limits: Any, bad: int, words: str) -> None:
     long = record("long", question="<image>" + "q" * 40, answer="a" * 10)
@@ -158,7 +160,7 @@ def test_long_samples_show_their_true_length(build: Build, limits: Any, bad: int
     assert report.lengths == [27, 66] and report.bad == bad
     name, text = report.findings["too long"].examples[0]
     assert name == "long" and text.startswith("66 tokens") and words in text
-    assert ("nothing supervised" in report.findings) == ("max_length" in limits)
+    assert ("nothing supervised" in report.findings) == ("max_length" in limits and bad > 0)
     assert report.max_length == limits.get("max_length", 60)
 
 

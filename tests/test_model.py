@@ -65,6 +65,26 @@ def prompts(processor: VLMProcessor, samples: list[Sample] = SAMPLES) -> Batch:
     return processor.collate([processor.prompt_sample(s) for s in samples], for_generation=True)
 
 
+def test_a_picture_cut_at_the_limit_counts_as_far_as_it_goes() -> None:
+    """What stands in front of the cut is computed as if nothing had followed; all parameters get gradients."""
+    model, processor, _ = build()
+    sharpen(model)
+    whole = training_batch(processor, SAMPLES[3:])
+    processor.config.on_overflow = "cut_right"
+    second = [place for place, token in enumerate(whole.input_ids[0].tolist()) if token == IMAGE_TOKEN_ID][5]
+    for limit, left in ((second + 1, [4, 2]), (second - 1, [4, 0])):
+        processor.config.max_length = limit
+        cut = training_batch(processor, SAMPLES[3:])
+        assert cut.image_tokens == left and cut.to("cpu").image_tokens == left
+        expected = model(whole, return_logits=True).logits[:, :limit]
+        torch.testing.assert_close(model(cut, return_logits=True).logits, expected, rtol=0, atol=1e-5)
+    processor.config.max_length = 2
+    gone = training_batch(processor, SAMPLES[:1])
+    assert gone.image_tokens == [0] and gone.num_images == 1
+    model.embed(gone).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.connector.parameters())
+
+
 # --- generation -----------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from minivlm.processors import fingerprint
 from minivlm.processors.configs import ImageConfig, ProcessorConfig, TemplateConfig
-from minivlm.processors.image import ImageTransform, image_hash, open_image, pad_to_square
+from minivlm.processors.image import ImageTransform, crop_to_square, image_hash, open_image, pad_to_square
 from minivlm.processors.processor import VLMProcessor
 from minivlm.processors.template import Template
 from minivlm.processors.tokenizer import TokenizerError, load_tokenizer
@@ -111,6 +111,17 @@ def test_shortest_edge_crops_the_middle(width: int, height: int) -> None:
         picture
     )
     assert pixels.shape == (3, 10, 10) and pixels.min() == 1
+
+
+@pytest.mark.parametrize(("width", "height", "left", "top"), [(9, 4, 2, 0), (4, 9, 0, 2), (5, 4, 0, 0), (6, 6, 0, 0)])
+def test_crop_takes_the_square_in_the_middle(width: int, height: int, left: int, top: int) -> None:
+    """The odd pixel is left out behind; the square is then resized like any other picture."""
+    picture, side = noise(width, height), min(width, height)
+    square = picture.crop((left, top, left + side, top + side))
+    assert crop_to_square(picture).tobytes() == square.tobytes()
+    settings = {"size": 8, **HALF}
+    ours = ImageTransform(ImageConfig(resize="crop"), settings)(picture)
+    assert torch.equal(ours, ImageTransform(ImageConfig(resize="squash"), settings)(square))
 
 
 def test_pad_to_square() -> None:
@@ -316,6 +327,36 @@ def test_no_limit_cuts_inside_or_in_front_of_a_picture(limit: int) -> None:
 def test_a_sample_whose_answers_are_all_cut_off_is_refused() -> None:
     with pytest.raises(SampleError, match="nothing is supervised: no answer, or it was cut off"):
         processor(max_length=5).encode(sample("a very long question about colors", "red"))
+
+
+@pytest.mark.parametrize("limit", range(1, 40))
+def test_cut_right_cuts_wherever_the_limit_is(limit: int) -> None:
+    """The batch tells how much of every picture is left; pixels and features of all of them stay."""
+    long = sample("<image>?", "yes", "and <image>?", "no no no no", images=[RED, BLUE])
+    whole = processor().encode(long)
+    p = processor(max_length=limit, on_overflow="cut_right")
+    encoded = p.encode(long)
+    assert (encoded.input_ids, encoded.labels) == (whole.input_ids[:limit], whole.labels[:limit])
+    assert sum(encoded.tokens_per_image) == encoded.input_ids.count(IMAGE_TOKEN_ID)
+    first, second = encoded.tokens_per_image
+    assert first == 3 or second == 0, "the first picture is cut only when the second is gone"
+    short = sample("<image>?", "yes", images=[RED])
+    assert p.encode(short).tokens_per_image == [min(3, encoded.tokens_per_image[0])]
+    batch = p.collate([encoded])
+    assert batch.num_images == 2
+    assert batch.image_tokens == (None if (first, second) == (3, 3) else [first, second])
+
+
+def test_cut_right_keeps_a_sample_that_has_lost_its_answers() -> None:
+    """But not one that never had any; prompts are not cut."""
+    p = processor(max_length=5, on_overflow="cut_right")
+    long = sample("a very long question about colors", "red")
+    encoded = p.encode(long)
+    assert len(encoded.input_ids) == 5 and encoded.num_supervised == 0
+    with pytest.raises(SampleError, match="nothing is supervised"):
+        p.encode(sample("a very long question about colors"))
+    with pytest.raises(SampleError, match="do not fit into 5"):
+        p.prompt_sample(long)
 
 
 def test_overflow_may_be_an_error() -> None:

@@ -26,6 +26,23 @@ def test_visual_tokens_stand_in_their_places_in_order() -> None:
     assert torch.equal(result, expected)
 
 
+def test_pictures_that_were_cut_give_their_first_tokens() -> None:
+    """Of the second picture one token is left, of the third none; its gradients are zero, not missing."""
+    ids = torch.tensor([[IMG, IMG, IMG, 6], [7, 8, 9, 9]])
+    embeds, visual = torch.zeros(2, 4, 5), torch.randn(3, 2, 5, requires_grad=True)
+    result = splice(embeds, ids, visual, [2, 1, 0])
+    assert torch.equal(result[0, :3], visual.flatten(0, 1)[:3]) and not result[0, 3:].any() and not result[1].any()
+    result.sum().backward()
+    assert visual.grad is not None
+    assert visual.grad.sum(-1).tolist() == [[5, 5], [5, 0], [0, 0]]
+    with pytest.raises(ValueError, match="3 image positions in the batch, but 4 visual tokens"):
+        splice(embeds, ids, visual, [2, 2, 0])
+    gone = splice(embeds, torch.full_like(ids, 7), visual, [0, 0, 0])
+    visual.grad = None
+    gone.sum().backward()
+    assert visual.grad is not None and not visual.grad.any()
+
+
 def test_gradients_of_the_splice() -> None:
     ids = torch.tensor([[1, IMG, 2], [IMG, 3, 3]])
     embeds = torch.randn(2, 3, 4, requires_grad=True)

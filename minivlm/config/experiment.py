@@ -40,7 +40,15 @@ class RunConfig:
     # data
     batch_size_train: int = setting(32, ge=1, help="samples per process and micro batch")
     batch_size_eval: int = setting(64, ge=1)
-    accum_grad_iters: int = setting(1, ge=1, help="micro batches per optimiser step")
+    global_batch_size: int | None = setting(
+        None,
+        ge=1,
+        help="samples per optimiser step of all processes; accum_grad_iters then follows from batch_size_train and "
+        "the number of processes",
+    )
+    accum_grad_iters: int | None = setting(
+        None, ge=1, help="micro batches per optimiser step; default: 1, or what global_batch_size asks for"
+    )
     mix: str = setting(
         "sample",
         choices=("sample", "batch"),
@@ -52,6 +60,11 @@ class RunConfig:
     valid_splits: list[str] = setting(factory=list)
     test_splits: list[str] = setting(factory=list)
     group_by_length: bool = setting(True, help="batch samples of similar length together")
+    group_by_modality_length: bool = setting(
+        False,
+        help="as LLaVA-1.5: micro batches of samples with pictures or without, of similar length; `compat` imp and "
+        "imp_v1 put the few that are left over into Imp's order",
+    )
     on_bad_sample: str = setting("skip", choices=("skip", "raise"))
     max_bad_share: float = setting(0.01, ge=0, le=1, help="abort when more than this share is bad")
     feature_cache: str | None = setting(None, help="folder that keeps the output of the last frozen module per picture")
@@ -69,10 +82,11 @@ class RunConfig:
     min_lr: float = setting(0.0, ge=0)
     warmup_lr: float = setting(0.0, ge=-1, help="rate at the start of the warm-up; -1: init_lr")
     warmup_steps: int = setting(0, ge=0)
+    warmup_ratio: float | None = setting(None, ge=0, le=1, help="warm-up as a share of all steps, rounded up")
     lr_decay_rate: float | None = setting(None, gt=0, le=1, help="factor per epoch of the step schedule")
     compat: str | None = setting(
         None,
-        choices=(None, "minigpt4", "lavis"),
+        choices=(None, "minigpt4", "lavis", "llava", "imp", "imp_v1"),
         help="count the steps of a schedule as this system did, for its published numbers; see runners/schedules.py",
     )
     weight_decay: float = setting(0.05, ge=0)
@@ -101,6 +115,12 @@ class RunConfig:
     num_beams: int = setting(1, ge=1)
     max_len: int = setting(16, ge=1, help="new tokens per answer")
     max_eval_samples: int | None = setting(None, ge=1, help="evaluate only so many samples during training")
+
+    def __post_init__(self) -> None:
+        if self.warmup_ratio is not None and self.warmup_steps:
+            raise ValueError(f"warmup_ratio {self.warmup_ratio:g} and warmup_steps {self.warmup_steps}: give one only")
+        if self.group_by_modality_length and self.mix == "batch":
+            raise ValueError("group_by_modality_length groups samples of all datasets, which needs mix: sample")
 
 
 @dataclass

@@ -248,8 +248,8 @@ class _Encoder:
             limit = self.report.max_length
             if limit is not None and size > limit:
                 found["too long"] = [f"{size} tokens, at most {limit}"]
-                self.processor.encode(sample)
-                found["too long"][0] += "; its end is cut"
+                cut = self.processor.encode(sample)
+                found["too long"][0] += "; its end is cut" if cut.num_supervised else "; all of its answers are cut off"
         except SampleError as error:
             pictures = _examine_pictures(sample)
             found |= pictures or {_kind(error): [error.reason]}

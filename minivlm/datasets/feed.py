@@ -10,14 +10,18 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from minivlm.config.experiment import RunConfig
+from minivlm.config.global_batch import accumulation, describe_global_batch
 from minivlm.datasets.base import DatasetError
+from minivlm.datasets.grouping import in_order, interleaved, longest_first
 from minivlm.datasets.loading import load
-from minivlm.datasets.sampling import BatchPlan
+from minivlm.datasets.sampling import BatchPlan, ModalityPlan
 from minivlm.datasets.streams import Cursor, Lane, SampleStream, ShuffledStream
 from minivlm.datasets.training_set import MAX_REPLACEMENTS, Source, TrainingSet, make_loader
 from minivlm.processors.processor import VLMProcessor
 from minivlm.types import Batch, Encoded, SampleError
 
+LEFT_OVERS = {"imp": interleaved, "imp_v1": longest_first}
+"""By ``run.compat``: how the left-overs of both modalities are joined; others: as LLaVA-1.5 does."""
 STREAM_EPOCH = 10_000
 """Optimiser steps of an epoch of a stream, as in MiniGPT-4."""
 
@@ -26,10 +30,12 @@ class Feed:
     """The micro batches of one process, numbered through from the start of the training.
 
     ``size`` counts the samples of a pass (None: there is a stream). ``signature`` tells apart what changes the
-    content of batches: a checkpoint of another one cannot be continued.
+    content of batches: a checkpoint of another one cannot be continued. ``accumulation`` counts the micro batches
+    of an optimiser step.
     """
 
     size: int | None
+    accumulation: int
     signature: str
     steps_per_epoch: int
 
@@ -62,7 +68,12 @@ def make_feed(
     pin: bool = False,
 ) -> Feed:
     """The feed of process ``rank`` of ``world``; raises :class:`DatasetError` for data too small for a batch."""
-    streamed = run.mix == "batch" or any(isinstance(source.samples, SampleStream) for source in sources)
+    streams = [source.key for source in sources if isinstance(source.samples, SampleStream)]
+    if streams and run.group_by_modality_length:
+        raise DatasetError(
+            f"run.group_by_modality_length needs datasets with a length; {', '.join(streams)} is a stream"
+        )
+    streamed = run.mix == "batch" or streams
     return (StreamedFeed if streamed else PlannedFeed)(sources, processor, run, rank, world, pin)
 
 
@@ -76,14 +87,36 @@ class PlannedFeed(Feed):
         self.data = TrainingSet([source.sized for source in sources], processor, run.seed, run.on_bad_sample)
         self.size = len(self.data)
         sizes = [len(source.sized) for source in sources]
-        self.plan = BatchPlan(sizes, run.batch_size_train * world, run.seed, sample_ratios(sources))
-        self.steps_per_epoch = run.iters_per_epoch or max(self.plan.batches_per_pass // run.accum_grad_iters, 1)
-        self.signature = f"{sizes} {self.plan.batch_size} {run.seed} {self.plan.ratios} {run.group_by_length}"
+        self.accumulation = accumulation(run, world)
+        self.signature = f"{sizes} {run.batch_size_train * world} {run.seed} "
+        if run.group_by_modality_length:
+            self.plan: BatchPlan = self._modality_plan(sizes, sources)
+            self.signature += f"by modality {self.accumulation} {run.compat if run.compat in LEFT_OVERS else 'llava'}"
+        else:
+            self.plan = BatchPlan(sizes, run.batch_size_train * world, run.seed, sample_ratios(sources))
+            self.signature += f"{self.plan.ratios} {run.group_by_length}"
+        self.steps_per_epoch = run.iters_per_epoch or max(self.plan.batches_per_pass // self.accumulation, 1)
+
+    def _modality_plan(self, sizes: list[int], sources: Sequence[Source]) -> ModalityPlan:
+        drawn = [f"datasets.{source.key}.sample_ratio" for source in sources if source.ratio]
+        if drawn:
+            raise DatasetError(
+                f"run.group_by_modality_length takes every sample once a pass; leave out it or {', '.join(drawn)}"
+            )
+        return ModalityPlan(
+            sizes,
+            self.run.batch_size_train,
+            self.run.seed,
+            processes=self.world,
+            accumulation=self.accumulation,
+            join=LEFT_OVERS.get(self.run.compat or "", in_order),
+        )
 
     def batches(self, start: int, stop: int) -> Generator[Batch]:
         """Batches of the plan."""
-        if self.run.group_by_length and self.plan.lengths is None:
-            self.plan.lengths = self.data.lengths()
+        by_modality = self.run.group_by_modality_length
+        if self.plan.lengths is None and (by_modality or self.run.group_by_length):
+            self.plan.lengths = self.data.signed_lengths() if by_modality else self.data.lengths()
         yield from make_loader(
             self.data,
             self.plan,
@@ -97,11 +130,7 @@ class PlannedFeed(Feed):
 
     def describe(self) -> str:
         """Size and batches in a few words."""
-        run = self.run
-        return (
-            f"{self.size:,} samples; global batch {run.batch_size_train} per process x {run.accum_grad_iters} "
-            f"accumulation x {self.world} processes = {self.plan.batch_size * run.accum_grad_iters}"
-        )
+        return f"{self.size:,} samples; {describe_global_batch(self.run, self.world)}"
 
 
 class StreamedFeed(Feed):
@@ -118,6 +147,8 @@ class StreamedFeed(Feed):
         self.workers = max(run.num_workers, 1)
         self.ratios = sample_ratios(sources) or [1.0] * len(sources)
         self.batch_sizes = [source.batch_size or run.batch_size_train for source in sources]
+        self.accumulation = accumulation(run, world)
+        self._refuse_other_sizes()
         self.streams = [
             source.samples if isinstance(source.samples, SampleStream) else ShuffledStream(source.samples, source.key)
             for source in sources
@@ -128,11 +159,23 @@ class StreamedFeed(Feed):
         lengths = [0 if isinstance(source.samples, SampleStream) else len(source.samples) for source in sources]
         self.size = sum(lengths) if all(lengths) else None
         a_pass = sum(self._batches_of(*each) for each in zip(sources, lengths, self.batch_sizes, strict=True))
-        default = max(a_pass // run.accum_grad_iters, 1) if self.size else STREAM_EPOCH
+        default = max(a_pass // self.accumulation, 1) if self.size else STREAM_EPOCH
         self.steps_per_epoch = run.iters_per_epoch or default
         mixed = zip(sources, self.streams, self.ratios, self.batch_sizes, strict=True)
         listed = [f"{s.key}: {stream.signature}, ratio {ratio}, batch {size}" for s, stream, ratio, size in mixed]
         self.signature = f"{'; '.join(listed)}; {self.workers} workers; seed {run.seed}"
+
+    def _refuse_other_sizes(self) -> None:
+        """``run.global_batch_size`` counts batches of ``run.batch_size_train``."""
+        size = self.run.batch_size_train
+        other = [
+            f"datasets.{s.key}.batch_size={s.batch_size}" for s in self.sources if s.batch_size not in (None, size)
+        ]
+        if other and self.run.global_batch_size:
+            raise DatasetError(
+                f"run.global_batch_size needs batches of one size, but there are {', '.join(other)} and "
+                f"run.batch_size_train={size}; give run.accum_grad_iters instead"
+            )
 
     def _batches_of(self, source: Source, length: int, batch_size: int) -> int:
         """Batches that a dataset holds for each process (a stream: 0)."""
@@ -167,7 +210,7 @@ class StreamedFeed(Feed):
         size = f"{self.size:,} samples" if self.size else "a stream"
         return (
             f"{size}; every batch from one dataset: {listed}; "
-            f"x {self.run.accum_grad_iters} accumulation x {self.world} processes"
+            f"x {self.accumulation} accumulation x {self.world} processes"
         )
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from minivlm.datasets.base import DatasetError
+from minivlm.datasets.grouping import Join, group_by_modality
 
 MEGA_BATCHES = 50
 """Samples of this many batches are sorted by length together; more would spoil the shuffling."""
@@ -80,6 +83,35 @@ class BatchPlan:
         walks = [walk(start, size) for start, size in zip(starts, self.sizes, strict=True)]
         assert self.ratios is not None
         return [next(rng.choices(walks, self.ratios)[0]) for _ in range(sum(self.sizes))]
+
+
+class ModalityPlan(BatchPlan):
+    """Micro batches of one kind of sample, with pictures or without, and of similar lengths (LLaVA-1.5, Imp).
+
+    ``lengths`` are signed as :func:`~minivlm.datasets.grouping.group_by_modality` takes them. ``world`` counts the
+    micro batches of ``batch_size`` samples of an optimiser step, which go to the ``processes`` in turn: a process
+    has neighbours.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], batch_size: int, seed: int, *, processes: int, accumulation: int, join: Join
+    ):
+        super().__init__(sizes, batch_size * processes, seed)
+        self.micro_batch, self.world, self.join = batch_size, processes * accumulation, join
+
+    def share(self, number: int, rank: int, world: int) -> list[int]:
+        """The micro batch of one process."""
+        return self.batch(number)[rank * self.micro_batch : (rank + 1) * self.micro_batch]
+
+    def _make_pass(self, index: int) -> list[list[int]]:
+        assert self.lengths is not None
+        rng = random.Random(f"{self.seed}/{index}")
+        inside, between = (torch.Generator().manual_seed(rng.getrandbits(63)) for _ in range(2))
+        order = group_by_modality(
+            self.lengths, self.micro_batch, self.world, inside=inside, between=between, join=self.join
+        )
+        size = self.batch_size
+        return [order[k * size : (k + 1) * size] for k in range(self.batches_per_pass)]
 
 
 class RankBatches:

@@ -137,14 +137,29 @@ class TrainingSet(Dataset[Encoded]):
     def lengths(self) -> list[int]:
         """Length of every sample in characters, pictures counted as their tokens (4 characters each)."""
         image = 4 * self.processor.tokens_per_image
+        return [sum(map(len, _texts(sample))) + image * len(sample.images) if sample else 0 for sample in self._all()]
+
+    def signed_lengths(self) -> list[int]:
+        """Length of every sample in words and visual tokens, at least 1; negative without pictures (LLaVA-1.5)."""
         result = []
+        for sample in self._all():
+            words = sum(len(text.split()) for text in _texts(sample)) if sample else 0
+            pictures = len(sample.images) if sample else 0
+            size = max(words + pictures * self.processor.tokens_per_image, 1)
+            result.append(size if pictures or not sample else -size)
+        return result
+
+    def _all(self) -> Iterator[Sample | None]:
+        """Every sample; None for one that cannot be made."""
         for index in range(len(self)):
             try:
-                sample = self.sample(index)
-                result.append(sum(len(m.content or "") for m in sample.messages) + image * len(sample.images))
+                yield self.sample(index)
             except SampleError:
-                result.append(0)
-        return result
+                yield None
+
+
+def _texts(sample: Sample) -> list[str]:
+    return [message.content or "" for message in sample.messages]
 
 
 def make_loader(

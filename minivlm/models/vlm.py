@@ -123,7 +123,7 @@ class VisionLanguageModel(nn.Module):
         if visual is None and batch.num_images:
             visual = self.encode_images(batch)
         if visual is not None:
-            return splice(embeds, batch.input_ids, visual)
+            return splice(embeds, batch.input_ids, visual, batch.image_tokens)
         if embeds.device.type != "meta" and bool(is_image.any()):
             raise ValueError(f"{int(is_image.sum())} image positions in the batch, but no picture")
         if self.training and not self.is_frozen("connector"):

@@ -48,6 +48,9 @@ class TemplateConfig:
     chat: dict[str, Any] = setting(factory=dict, help="keys that differ when the model is talked to")
 
 
+RESIZES = ("squash", "shortest_edge", "pad", "crop")
+
+
 @dataclass
 class ImageConfig:
     """How a picture becomes a tensor; what is not set comes from the vision encoder."""
@@ -55,8 +58,8 @@ class ImageConfig:
     size: int | None = setting(None, ge=1, help="side in pixels; default: the encoder's")
     resize: str | None = setting(
         None,
-        choices=("squash", "shortest_edge", "pad"),
-        help="squash to a square; shortest edge and centre crop; pad to a square first",
+        choices=RESIZES,
+        help="squash to a square; shortest edge and centre crop; pad to a square first; crop to a square first",
     )
     interpolation: str | None = setting(None, choices=("nearest", "bilinear", "bicubic", "lanczos"))
     mean: list[float] | None = None
@@ -78,7 +81,7 @@ class ImageConfig:
 class Blip2ImageConfig(ImageConfig):
     """The pictures of BLIP-2 and MiniGPT-4, whatever the encoder says: squashed, CLIP's mean and deviation."""
 
-    resize: str | None = setting("squash", choices=("squash", "shortest_edge", "pad"))
+    resize: str | None = setting("squash", choices=RESIZES)
     interpolation: str | None = setting("bicubic", choices=("nearest", "bilinear", "bicubic", "lanczos"))
     mean: list[float] | None = setting(factory=lambda: [0.48145466, 0.4578275, 0.40821073])
     std: list[float] | None = setting(factory=lambda: [0.26862954, 0.26130258, 0.27577711])
@@ -110,8 +113,9 @@ class ProcessorConfig:
     max_length: int = setting(2048, ge=1, help="longest sequence in tokens, visual tokens included")
     on_overflow: str = setting(
         "cut_text",
-        choices=("cut_text", "error"),
-        help="a longer training sample: cut behind the last picture, or refuse",
+        choices=("cut_text", "cut_right", "error"),
+        help="a longer training sample: cut behind the last picture; cut at max_length wherever that is, as LLaVA and "
+        "Imp do, so that part of a picture or all answers may be lost; or refuse",
     )
     max_answer_tokens: int | None = setting(None, ge=1, help="cut what follows the first prompt to this length")
     prompts: list[str] = setting(

@@ -100,6 +100,8 @@ class ImageTransform:
         resample = _RESAMPLE[self.interpolation]
         if self.resize == "pad":
             image = pad_to_square(image, tuple(int(x * 255) for x in self.mean))
+        elif self.resize == "crop":
+            image = crop_to_square(image)
         if self.resize != "shortest_edge":
             return resize(image, (self.size, self.size), resample)
         width, height = image.size
@@ -107,8 +109,7 @@ class ImageTransform:
         longer = int(self.size * max(width, height) / min(width, height))
         size = (self.size, longer) if width <= height else (longer, self.size)
         image = resize(image, size, resample)
-        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
-        return image.crop((left, top, left + self.size, top + self.size))
+        return crop_to_square(image)
 
     @property
     def fingerprint(self) -> str:
@@ -147,6 +148,13 @@ def random_box(
     w, h = min(width, max(1, round(height * ratio[1]))), min(height, max(1, round(width / ratio[0])))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def crop_to_square(image: Image.Image) -> Image.Image:
+    """The square of the shorter side in the middle of the picture (Imp v1.5)."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:

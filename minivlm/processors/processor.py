@@ -64,8 +64,10 @@ class VLMProcessor:
         """
         messages = self._with_prompt(sample, seed or 0)
         encoded = self._encode(sample.id, messages, sample.images, chat=False, seed=seed)
+        answered = encoded.num_supervised > 0
         self._limit(encoded)
-        if encoded.num_supervised == 0:
+        # LLaVA, whose way cut_right is, keeps a sample that has lost its answers.
+        if not (answered and (encoded.num_supervised or self.config.on_overflow == "cut_right")):
             raise SampleError(sample.id, "nothing is supervised: no answer, or it was cut off")
         return encoded
 
@@ -124,12 +126,14 @@ class VLMProcessor:
             labels[row, columns] = torch.tensor(sample.labels)
             mask[row, columns] = 1
         pixels, features = _stack_images(samples)
+        sizes = [size for s in samples for size in s.tokens_per_image]
         return Batch(
             input_ids=ids,
             attention_mask=mask,
             labels=None if for_generation else labels,
             pixels=pixels,
             features=features,
+            image_tokens=sizes if any(size != self.tokens_per_image for size in sizes) else None,
             padding_side="left" if for_generation else "right",
             sample_ids=[s.sample_id for s in samples],
             skipped=[error for s in samples for error in s.skipped],
@@ -241,7 +245,7 @@ class VLMProcessor:
         return features
 
     def _limit(self, encoded: Encoded) -> None:
-        """Cut text behind the last picture, never a picture."""
+        """Cut text behind the last picture, never a picture unless ``on_overflow`` says so."""
         if self.config.max_answer_tokens is not None:
             first = next((i for i, label in enumerate(encoded.labels) if label != IGNORE_INDEX), 0)
             self._shorten(encoded, first + self.config.max_answer_tokens)
@@ -250,9 +254,13 @@ class VLMProcessor:
         self._shorten(encoded, self.config.max_length)
 
     def _shorten(self, encoded: Encoded, limit: int) -> None:
-        if IMAGE_TOKEN_ID in encoded.input_ids[limit:]:
+        if self.config.on_overflow != "cut_right" and IMAGE_TOKEN_ID in encoded.input_ids[limit:]:
             self._refuse_long(encoded, limit)
         encoded.input_ids, encoded.labels = encoded.input_ids[:limit], encoded.labels[:limit]
+        left = encoded.input_ids.count(IMAGE_TOKEN_ID)
+        for number, size in enumerate(encoded.tokens_per_image):
+            encoded.tokens_per_image[number] = min(size, left)
+            left -= encoded.tokens_per_image[number]
 
     def _refuse_long(self, encoded: Encoded, limit: int | None = None) -> None:
         limit = limit or self.config.max_length

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minivlm import registry
 from minivlm.api import assemble, resolve_device
 from minivlm.config.experiment import Experiment, StageConfig, to_container
 from minivlm.datasets.base import DatasetError
@@ -25,6 +24,7 @@ from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
 from minivlm.runners.memory import inference_table, training_table
 from minivlm.runners.precision import resolve_precision
+from minivlm.runners.schedules import make_schedule, warmup_steps
 from minivlm.types import SampleError
 
 
@@ -101,8 +101,8 @@ def _show_data(stage: StageConfig, model: VisionLanguageModel, processor: VLMPro
     per_epoch = feed.steps_per_epoch
     total = min(run.max_epoch * per_epoch, run.max_steps or 10**12)
     console.print(f"\n{feed.describe()}; {total:,} steps ({per_epoch:,} an epoch)", highlight=False, markup=False)
-    schedule = registry.get("lr_scheduler", run.lr_sched)(run, total, per_epoch)
-    points = sorted({0, min(run.warmup_steps, total - 1), total // 2, total - 1})
+    schedule = make_schedule(run, total, per_epoch)
+    points = sorted({0, min(warmup_steps(run, total), total - 1), total // 2, total - 1})
     console.print(
         "schedule: " + ", ".join(f"step {p}: {schedule(p):.2e}" for p in points), highlight=False, soft_wrap=True
     )

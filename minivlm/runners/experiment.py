@@ -16,6 +16,7 @@ from minivlm import registry
 from minivlm.api import assemble, resolve_device
 from minivlm.checkpoints.native import find_model_folder, load_weights
 from minivlm.config.experiment import Experiment, StageConfig, to_container
+from minivlm.config.global_batch import accumulation
 from minivlm.datasets.feature_cache import FeatureCacheError
 from minivlm.datasets.streams import SampleStream
 from minivlm.datasets.training_set import Source, build_datasets, build_split
@@ -66,6 +67,8 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
         return dict(json.loads(done.read_text())["metrics"])
     console.rule(f"[bold]{stage.name}")
     start = time.perf_counter()
+    if not run.evaluate:
+        accumulation(run, engine.world)  # refuses a global batch that does not fit, before a model is loaded
     if run.evaluate and stage.model.checkpoint is None:
         stage.model.checkpoint = str(find_model_folder(folder))
     seed_everything(run.seed)

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from minivlm import registry
 from minivlm.checkpoints.native import CheckpointError, Manifest, load_weights, save_model, trained_names, write_model
 from minivlm.config.experiment import StageConfig
 from minivlm.datasets.feed import make_feed
@@ -25,6 +24,7 @@ from minivlm.processors.processor import VLMProcessor
 from minivlm.runners.bad_samples import BadSamples
 from minivlm.runners.engines import SingleEngine
 from minivlm.runners.logs import LOG, RunLog, Trackers, draw_loss_curve
+from minivlm.runners.schedules import make_schedule
 from minivlm.runners.state import (
     TrainState,
     checkpoints,
@@ -79,8 +79,7 @@ class Runner:
         self.total_steps = self.run.max_epoch * self.steps_per_epoch
         if self.run.max_steps is not None:
             self.total_steps = min(self.total_steps, self.run.max_steps)
-        schedule = registry.get("lr_scheduler", self.run.lr_sched)
-        self.schedule = schedule(self.run, self.total_steps, self.steps_per_epoch)
+        self.schedule = make_schedule(self.run, self.total_steps, self.steps_per_epoch)
         groups = parameter_groups(model, stage.model, self.run.init_lr, self.run.weight_decay)
         betas = (self.run.beta1, self.run.beta2)
         fused = engine.device.type in ("cpu", "cuda")
@@ -123,7 +122,7 @@ class Runner:
             raise Interrupted(f"stopped behind the last step of {self.stage.name}; the model is saved")
 
     def _step(self, module: Any, batches: Iterator[Batch]) -> dict[str, Any]:
-        """One optimiser step over ``accum_grad_iters`` micro batches, weighted by tokens of all processes."""
+        """One optimiser step over the feed's ``accumulation`` micro batches, weighted by tokens of all processes."""
         start = time.perf_counter()
         before = self._progress()
         micro = self._read(batches)
@@ -177,7 +176,7 @@ class Runner:
         micro: list[Batch] = []
         try:
             self._waiting = True
-            while self.stop_signal is None and len(micro) < self.run.accum_grad_iters:
+            while self.stop_signal is None and len(micro) < self.feed.accumulation:
                 micro.append(next(batches))
             self._waiting = False
         except _StopWaiting:
@@ -260,7 +259,7 @@ class Runner:
         return Manifest(trained=self.trained, step=self.state.step, stage=self.stage.name, metrics=metrics)
 
     def _batches(self) -> Generator[Batch]:
-        left = (self.total_steps - self.state.step) * self.run.accum_grad_iters
+        left = (self.total_steps - self.state.step) * self.feed.accumulation
         return self.feed.batches(self.state.consumed, self.state.consumed + left)
 
     def _open_log(self) -> RunLog:

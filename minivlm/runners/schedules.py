@@ -6,17 +6,35 @@ linearly over the whole run's first steps, however long an epoch is.
 ``run.compat`` brings back how a published system counted. ``minigpt4``: the warm-up counts the steps
 inside of an epoch, so one that is longer than an epoch starts again; the cosine counts from the start of
 the run, so the rate drops where the warm-up ends. ``lavis``: the warm-up belongs to the first epoch, and
-behind it the rate changes from epoch to epoch only.
+behind it the rate changes from epoch to epoch only. ``llava``, ``imp`` and ``imp_v1``: as transformers counts, whose
+first step has the rate 0 (``warmup_lr``) and the first one behind the warm-up init_lr.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
+from minivlm import registry
 from minivlm.config.experiment import RunConfig
 
 Schedule = Callable[[int], float]
+BY_EPOCH = ("minigpt4", "lavis")
+"""Values of ``run.compat`` for systems that warm up in the first epoch only."""
+FROM_ZERO = ("llava", "imp", "imp_v1")
+"""Values of ``run.compat`` for systems that take transformers' schedules."""
+
+
+def make_schedule(run: RunConfig, total_steps: int, steps_per_epoch: int) -> Schedule:
+    """The schedule ``run.lr_sched``, which is given its warm-up in steps."""
+    counted = replace(run, warmup_steps=warmup_steps(run, total_steps), warmup_ratio=None)
+    return registry.get("lr_scheduler", run.lr_sched)(counted, total_steps, steps_per_epoch)
+
+
+def warmup_steps(run: RunConfig, total_steps: int) -> int:
+    """Steps of the warm-up; a share of all steps is rounded up, as transformers does."""
+    return run.warmup_steps if run.warmup_ratio is None else math.ceil(total_steps * run.warmup_ratio)
 
 
 def linear_warmup_cosine_lr(run: RunConfig, total_steps: int, steps_per_epoch: int) -> Schedule:
@@ -39,21 +57,22 @@ def linear_warmup_step_lr(run: RunConfig, total_steps: int, steps_per_epoch: int
     def of_epoch(epoch: int) -> float:
         return max(run.min_lr, run.init_lr * decay**epoch)
 
-    if run.compat:
+    if run.compat in BY_EPOCH:
         return _first_epoch(run, steps_per_epoch, of_epoch)
     return _first_steps(run, lambda step: of_epoch(step // steps_per_epoch))
 
 
 def constant_lr(run: RunConfig, total_steps: int, steps_per_epoch: int) -> Schedule:
     """Warm-up, then init_lr."""
-    if run.compat:
+    if run.compat in BY_EPOCH:
         return _first_epoch(run, steps_per_epoch, lambda epoch: run.init_lr)
     return _first_steps(run, lambda step: run.init_lr)
 
 
 def _first_steps(run: RunConfig, after: Schedule) -> Schedule:
     """The warm-up, whose last step has init_lr, in front of ``after``, which takes the step of the run."""
-    return lambda step: _warm_up(run, step + 1) if step < run.warmup_steps else after(step)
+    first = 0 if run.compat in FROM_ZERO else 1
+    return lambda step: _warm_up(run, step + first) if step < run.warmup_steps else after(step)
 
 
 def _first_epoch(run: RunConfig, steps_per_epoch: int, after: Callable[[int], float]) -> Schedule:
