@@ -65,7 +65,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "vision_encoder": _vision_encoder(folder, settings, file),
         "connector": _connector(settings),
         "language_model": language,
-        "template": _TEMPLATES.get(kind, "vicuna_v1"),
+        "template": _TEMPLATES.get(kind, "vicuna_v1"),  # Imp's own `phi2` has the same strings
         "processor": _processor(settings),
         "checkpoint": None if is_whole else str(folder),
     }
