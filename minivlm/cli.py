@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "inspect": (inspect, "say what a file of weights or a folder holds, and what it is good for"),
         "convert": (convert, "write MiniGPT-4's .pth files as model folders, and back"),
         "download": (download, "fetch the base models of an experiment file, or one, from the hub or a mirror folder"),
+        "export": (export, "write a model in the format of another project (transformers, minigpt4)"),
         "cache": (cache, "encode the pictures of an experiment file ahead of its training"),
         "list": (list_names, "registered names, by kind"),
         "doctor": (doctor, "versions, devices, missing extras"),
@@ -282,6 +283,13 @@ def download(argv: list[str]) -> int:
     from minivlm.download import main as download_main
 
     return guarded(lambda: download_main(argv))
+
+
+def export(argv: list[str]) -> int:
+    """``minivlm export SOURCE TARGET --to FORMAT``."""
+    from minivlm.export import main as export_main
+
+    return guarded(lambda: export_main(argv))
 
 
 def list_names(argv: list[str]) -> int:

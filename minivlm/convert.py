@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from minivlm.export import Job, read_model, to_minigpt4
+
 
 def main(argv: Sequence[str]) -> int:
     """Convert one checkpoint; errors are those of loading and saving."""
@@ -26,19 +28,10 @@ def main(argv: Sequence[str]) -> int:
     if arguments.to == "minigpt4":
         if arguments.cfg_path or arguments.options:
             parser.error("--to minigpt4 reads a model folder, which describes itself: leave out --cfg-path")
-        to_minigpt4(source, target)
+        to_minigpt4(Job(source, target))
     else:
         to_folder(source, target, arguments.cfg_path, arguments.options)
     return 0
-
-
-def to_minigpt4(source: str, target: Path) -> None:
-    """A model folder as a ``.pth`` file of MiniGPT-4."""
-    from minivlm.checkpoints.export import export_minigpt4
-    from minivlm.checkpoints.native import find_model_folder
-
-    names = export_minigpt4(find_model_folder(source), target)
-    print(f"{target}: {len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
 
 
 def to_folder(source: str, target: Path, cfg_path: str | None, options: Sequence[str]) -> None:
@@ -47,22 +40,10 @@ def to_folder(source: str, target: Path, cfg_path: str | None, options: Sequence
     Raises ConfigError, ModelError or CheckpointError.
     """
     from minivlm.api import assemble
-    from minivlm.checkpoints.native import CheckpointError, Manifest, save_model
-    from minivlm.config import ModelConfig, load_config
+    from minivlm.checkpoints.native import Manifest, save_model
     from minivlm.models.vlm import PARTS
-    from minivlm.paths import is_weight_file
 
-    if cfg_path:
-        # The name of the file is no YAML and takes no part in the parsing; options have either of two forms.
-        pairs = bool(options) and "=" not in options[0]
-        stand_in = ["model.checkpoint", "source.pth"] if pairs else ["model.checkpoint=source.pth"]
-        config = load_config(cfg_path, [*options, *stand_in]).stages[-1].model
-        config.checkpoint = source
-    elif is_weight_file(source):
-        raise CheckpointError(f"{source} does not say which model it belongs to: name its YAML file with --cfg-path")
-    else:
-        config = ModelConfig(checkpoint=source)
-    model, processor, config = assemble(config)
+    model, processor, config = assemble(read_model(source, cfg_path, options))
     for part in PARTS:
         if getattr(config, part).weights == source:  # the new folder must do without the old one
             getattr(model, part).source = None

@@ -21,7 +21,7 @@ LAYERS = (
     {"datasets", "checkpoints", "api"},
     {"tasks", "serve"},
     {"runners"},
-    {"cli", "convert", "doctor", "download"},
+    {"cli", "convert", "doctor", "download", "export"},
 )
 """Ground floor first; a module imports from its own layer and from those before it."""
 FLOOR = LAYERS[0]

@@ -129,7 +129,8 @@ def is_llava_folder(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False
     settings = read_json("model.checkpoint", folder / "config.json")
-    return "mm_vision_tower" in settings or "mm_projector_type" in settings
+    in_transformers = settings.get("model_type") == "llava" and "text_config" in settings
+    return in_transformers or "mm_vision_tower" in settings or "mm_projector_type" in settings
 
 
 def _read_folder(key: str, folder: Path, shapes_only: bool) -> WeightFile:

@@ -186,13 +186,15 @@ def check_foreign(
     Of a file of a whole model, ``part`` takes what belongs to it. Raises :class:`CheckpointError` with the reason
     and a report when it does not fit.
     """
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     given = translate(form, file.tensors, own)
     if part and not form.part:
         _leave_others(given, part)
     needed = [*form.always_of(part), *(p for p in form.together if any(matches(p, name) for name in given.tensors))]
     wanted = {n: t for n, t in own.items() if n in given.tensors or any(matches(p, n) for p in needed)}
-    wanted = {n: t for n, t in wanted.items() if n in given.tensors or not _may_lack(form, n, part)}
+    tied = {id(own[name]) for name in given.tensors if name in own}  # a head that is the embeddings is stored once
+    lacking = {n for n, t in wanted.items() if n not in given.tensors and (id(t) in tied or _may_lack(form, n, part))}
+    wanted = {n: t for n, t in wanted.items() if n not in lacking}
     report = LoadReport.compare(wanted, given.tensors, model.fits)
     report.unexpected = [given.theirs[name] for name in report.unexpected]
     report.ignored, report.where, report.what = given.ignored, f"{key} {file.path}", form.name

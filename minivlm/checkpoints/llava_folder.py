@@ -20,6 +20,7 @@ from minivlm.checkpoints.files import (
     read_json,
     read_weights,
 )
+from minivlm.checkpoints.llava_hf import describe_config
 from minivlm.checkpoints.loading import identify
 from minivlm.checkpoints.report import CheckpointError
 from minivlm.models.hub import weight_files
@@ -58,6 +59,8 @@ def describe(folder: Path) -> dict[str, Any]:
     form = identify(_KEY, file) if file else None
     if file is None or form is None:
         raise CheckpointError(f"{_KEY}: {folder} holds no weights of LLaVA's layout beside its config.json")
+    if "text_config" in settings:
+        return _of_transformers(folder, settings)
     is_whole = form.base
     language = _language_model(folder, settings, file) if is_whole else _base(folder, settings)
     kind = language_type(settings)
@@ -72,6 +75,23 @@ def describe(folder: Path) -> dict[str, Any]:
     if is_whole:
         section["connector"]["weights"] = str(folder)
     return section
+
+
+def _of_transformers(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A folder of ``LlavaForConditionalGeneration``."""
+    image = next((p for p in ("preprocessor_config.json", "processor_config.json") if (folder / p).is_file()), None)
+    found = read_json(_KEY, folder / image) if image else {}
+    section = describe_config(settings, found.get("image_processor") or found or None)
+    for part in ("vision_encoder", "connector", "language_model"):
+        section[part]["weights"] = str(folder)
+    section["vision_encoder"]["freeze"] = True
+    if _has_tokenizer(folder):
+        section["language_model"]["tokenizer"] = str(folder)
+    return section
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def describe_language_model(folder: Path) -> dict[str, Any] | None:
@@ -115,7 +135,7 @@ def _language_model(folder: Path, settings: Mapping[str, Any], file: WeightFile)
     if rows:
         config["vocab_size"] = rows[0]  # the first layout of Phi-2 rounds it up
     node: dict[str, Any] = {"name": "hf", "config": config, "weights": str(folder)}
-    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if _has_tokenizer(folder):
         node["tokenizer"] = str(folder)
     if settings.get("model_type") in _SPECIAL:
         node["special_tokens"] = dict(_SPECIAL[settings["model_type"]])

@@ -100,9 +100,7 @@ def _write_tower(folder: Path, model: VisionLanguageModel, processor: VLMProcess
     return name
 
 
-def _settings(
-    model: VisionLanguageModel, processor: VLMProcessor, config: ModelConfig, fused: bool
-) -> dict[str, Any]:
+def _settings(model: VisionLanguageModel, processor: VLMProcessor, config: ModelConfig, fused: bool) -> dict[str, Any]:
     """``config.json``: that of the language model, and what the layout adds to it."""
     assert config.vision_encoder and config.connector and config.language_model
     encoder, connector = config.vision_encoder, config.connector

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +130,19 @@ def _image_settings(config: HFVisionConfig, size: int, model_type: str) -> dict[
         file = cached_file(config.path, "preprocessor_config.json", revision=config.revision)
     except OSError:  # it has none
         return settings
-    raw = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+    return settings | picture_settings(json.loads(Path(str(file)).read_text(encoding="utf-8")))
+
+
+def picture_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What the settings of a picture processor of transformers are in our words; the size is the encoder's."""
     edges = raw.get("size")  # older files hold a number
     crops = raw.get("do_center_crop", False) or (isinstance(edges, dict) and "shortest_edge" in edges)
+    # Of LLaVA `do_pad` means to a square, before all else; then there is nothing to crop.
+    pads = raw.get("do_pad", False) and str(raw.get("image_processor_type")).startswith("Llava")
+    resize = "pad" if pads else "shortest_edge" if crops else "squash"
+    statistics = {"mean": raw.get("image_mean"), "std": raw.get("image_std")}
     return {
-        "size": size,
-        "resize": "shortest_edge" if crops else "squash",
+        "resize": resize,
         "interpolation": _RESAMPLE.get(raw.get("resample", 3), "bicubic"),
-        "mean": raw.get("image_mean", settings["mean"]),
-        "std": raw.get("image_std", settings["std"]),
+        **{key: value for key, value in statistics.items() if value is not None},
     }

@@ -1,0 +1,118 @@
+"""``minivlm export``: a model in the format of another project."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from minivlm.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be exported. ``cfg_path`` and ``options`` belong to a ``source`` that does not describe itself."""
+
+    source: str
+    target: Path
+    cfg_path: str | None = None
+    options: Sequence[str] = ()
+    dtype: str | None = None
+    check: bool = True
+
+
+def main(argv: Sequence[str]) -> int:
+    """Export one model; errors are those of loading and saving."""
+    parser = argparse.ArgumentParser(
+        prog="minivlm export", description="Write a model in the format of another project."
+    )
+    parser.add_argument("source", help="a folder that minivlm wrote, an experiment file, or a file with --cfg-path")
+    parser.add_argument("target", help="what to write; must not exist")
+    parser.add_argument("--to", choices=tuple(FORMATS), required=True, help="format of the target")
+    parser.add_argument("--cfg-path", help="experiment file with the model that a file of weights belongs to")
+    parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of that file")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="storage type (default: as it is)")
+    parser.add_argument("--no-check", action="store_true", help="do not read the target back and compare logits")
+    given = parser.parse_args(argv)
+    target = Path(given.target)
+    if target.exists():
+        parser.error(f"{target} exists; name another target, or remove it first")
+    form = FORMATS[given.to]
+    if form.reads_folder and (given.cfg_path or given.options or given.dtype):
+        parser.error(f"--to {given.to} reads a model folder as it is: leave out --cfg-path, --options and --dtype")
+    form.write(Job(given.source, target, given.cfg_path, given.options, given.dtype, not given.no_check))
+    return 0
+
+
+def to_minigpt4(job: Job) -> None:
+    """A model folder as a ``.pth`` file of MiniGPT-4."""
+    from minivlm.checkpoints.export import export_minigpt4
+    from minivlm.checkpoints.native import find_model_folder
+
+    names = export_minigpt4(find_model_folder(job.source), job.target)
+    print(f"{job.target}: {len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+
+
+def to_transformers(job: Job) -> None:
+    """A model as a folder of ``LlavaForConditionalGeneration``."""
+    from minivlm.api import assemble, cast
+    from minivlm.checkpoints.to_transformers import export_transformers
+    from minivlm.models.base import DTYPES
+
+    model, processor, _ = assemble(read_model(job.source, job.cfg_path, job.options))
+    if job.dtype:
+        cast(model, DTYPES[job.dtype])
+    done = export_transformers(model.eval(), processor, job.target, check=job.check)
+    print(
+        f"{job.target}: LlavaForConditionalGeneration, {done.parameters:,} parameters, "
+        f"{' and '.join(done.dtypes)}, <image> is token {done.image_token_id}"
+    )
+    if done.comparison:
+        print(
+            f"read back by transformers (fp32): logits differ by at most {done.comparison.logits:.1e}, "
+            f"pixels by {done.comparison.pixels:.1e}"
+        )
+    for note in done.notes:
+        print(f"note: {note}")
+
+
+def read_model(source: str, cfg_path: str | None = None, options: Sequence[str] = ()) -> ModelConfig:
+    """Section ``model`` for a folder, an experiment file, or a file of weights and the experiment file ``cfg_path``.
+
+    Raises ConfigError, or CheckpointError for a file of weights alone.
+    """
+    from minivlm.checkpoints.report import CheckpointError
+    from minivlm.config import ModelConfig, load_config
+    from minivlm.paths import is_weight_file
+
+    if cfg_path:
+        # The name of the file is no YAML and takes no part in the parsing; options have either of two forms.
+        pairs = bool(options) and "=" not in options[0]
+        stand_in = ["model.checkpoint", "source.pth"] if pairs else ["model.checkpoint=source.pth"]
+        config = load_config(cfg_path, [*options, *stand_in]).stages[-1].model
+        config.checkpoint = source
+        return config
+    if source.endswith((".yaml", ".yml")):
+        return load_config(source, options).stages[-1].model
+    if is_weight_file(source):
+        raise CheckpointError(f"{source} does not say which model it belongs to: name its YAML file with --cfg-path")
+    if options:
+        raise CheckpointError(f"--options change an experiment file, but {source} is a folder")
+    return ModelConfig(checkpoint=source)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of export. ``reads_folder``: it needs a model folder, whose files it takes as they are."""
+
+    write: Callable[[Job], None]
+    reads_folder: bool = field(default=False, kw_only=True)
+
+
+FORMATS = {
+    "transformers": Format(to_transformers),
+    "minigpt4": Format(to_minigpt4, reads_folder=True),
+}
