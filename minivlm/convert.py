@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from minivlm.export import Job, read_model, to_minigpt4
+from minivlm.export import Job, assemble_own, to_minigpt4
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,13 +39,8 @@ def to_folder(source: str, target: Path, cfg_path: str | None, options: Sequence
 
     Raises ConfigError, ModelError or CheckpointError.
     """
-    from minivlm.api import assemble
     from minivlm.checkpoints.native import Manifest, save_model
-    from minivlm.models.vlm import PARTS
 
-    model, processor, config = assemble(read_model(source, cfg_path, options))
-    for part in PARTS:
-        if getattr(config, part).weights == source:  # the new folder must do without the old one
-            getattr(model, part).source = None
+    model, processor, config = assemble_own(source, cfg_path, options)
     save_model(target, model, config, processor, Manifest(trained=model.trained_before))
     print(f"{target}: a model folder; talk to it: minivlm chat {target}")

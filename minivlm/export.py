@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from minivlm.config import ModelConfig
+    from minivlm.models.vlm import VisionLanguageModel
+    from minivlm.processors.processor import VLMProcessor
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,45 @@ def to_transformers(job: Job) -> None:
         print(f"note: {note}")
 
 
+def to_llava(job: Job) -> None:
+    """A model in the layout of LLaVA and Imp: a whole one, LoRA, or a projector."""
+    _write_llava(job, fused=False)
+
+
+def to_imp_v1(job: Job) -> None:
+    """A model on Phi-2 in the layout of Imp-v1."""
+    _write_llava(job, fused=True)
+
+
+def _write_llava(job: Job, fused: bool) -> None:
+    from minivlm.api import cast
+    from minivlm.checkpoints.to_llava import write_llava
+    from minivlm.models.base import DTYPES
+
+    model, processor, config = assemble_own(job.source, job.cfg_path, job.options)
+    if job.dtype:
+        cast(model, DTYPES[job.dtype])
+    names = write_llava(job.target, model, processor, config, fused=fused)
+    print(f"{job.target}: {len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+
+
+def assemble_own(
+    source: str, cfg_path: str | None = None, options: Sequence[str] = ()
+) -> tuple[VisionLanguageModel, VLMProcessor, ModelConfig]:
+    """Model, processor and section of :func:`read_model`; what a foreign folder gives counts as the model's own.
+
+    What is written of it then does without that folder.
+    """
+    from minivlm.api import assemble
+    from minivlm.models.vlm import PARTS
+
+    model, processor, config = assemble(read_model(source, cfg_path, options))
+    for part in PARTS:
+        if getattr(config, part).weights == source:
+            getattr(model, part).source = None
+    return model, processor, config
+
+
 def read_model(source: str, cfg_path: str | None = None, options: Sequence[str] = ()) -> ModelConfig:
     """Section ``model`` for a folder, an experiment file, or a file of weights and the experiment file ``cfg_path``.
 
@@ -114,5 +155,8 @@ class Format:
 
 FORMATS = {
     "transformers": Format(to_transformers),
+    "llava": Format(to_llava),
+    "imp": Format(to_llava),
+    "imp_v1": Format(to_imp_v1),
     "minigpt4": Format(to_minigpt4, reads_folder=True),
 }

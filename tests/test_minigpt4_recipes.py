@@ -51,18 +51,19 @@ def trained(folder: Path) -> dict[str, Tensor]:
 )
 def test_both_stages(files: str, model_type: str, processes: int, data: Path, tmp_path: Path) -> None:
     tiny = golden_options("minigpt4", model_type)
-    tiny += [f"model.vision_encoder.weights={GOLDEN / 'eva_vit_g.pth'}"]
+    bases = [f"model.vision_encoder.weights={GOLDEN / 'eva_vit_g.pth'}"]
     if model_type == "pretrain_vicuna0":
-        tiny += [f"model.connector.weights={GOLDEN / 'blip2_pretrained.pth'}"]
+        bases += [f"model.connector.weights={GOLDEN / 'blip2_pretrained.pth'}"]
     first, second = tmp_path / "stage1", tmp_path / "stage2"
     webdata = [f"datasets.{name}.storage={data / name}/{{00000..00003}}.tar" for name in ("laion", "cc_sbu")]
     webdata += [f"datasets.{name}.batch_size=4" for name in ("laion", "cc_sbu")]
     config = CONFIGS / f"{files}_stage1_pretrain.yaml"
-    done = run_train(config, *tiny, *webdata, *tiny_run(first, 8, 1e-2, seed=7), processes=processes)
+    done = run_train(config, *tiny, *bases, *webdata, *tiny_run(first, 8, 1e-2, seed=7), processes=processes)
     assert done.returncode == 0, done.stderr
     align = [f"datasets.cc_sbu_align.storage={data / 'cc_sbu_align'}", "datasets.cc_sbu_align.batch_size=3"]
     config = CONFIGS / f"{files}_stage2_finetune.yaml"
-    start = f"model.checkpoint={first}"
+    start = f"model.checkpoint={first}"  # which names the bases of the first stage
+    tiny = [option for option in tiny if "weights" not in option]
     done = run_train(config, *tiny, start, *align, *tiny_run(second, 6, 1e-3, seed=42), processes=processes)
     assert done.returncode == 0, done.stderr
     assert len(losses(first)) == 8 and losses(first)[-1] < losses(first)[0]
