@@ -22,17 +22,22 @@ def load_tokenizer(
     Raises :class:`TokenizerError` if there is none, or if it cannot tell character offsets.
     """
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
     if path.startswith("asset:"):
         path = str(ASSETS / path.removeprefix("asset:"))
     if path.startswith((".", "/", "~")) and not Path(path).is_dir():
         raise TokenizerError(f"model.language_model.tokenizer: there is no folder '{path}'")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a model_type of another project in the folder's config.json is no news here
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         # What transformers says when it cannot read tokenizer.model for any reason.
         hint = "; sentencepiece and protobuf do not go together (minivlm doctor)" if "tiktoken" in str(error) else ""
         raise TokenizerError(f"model.language_model: cannot load a tokenizer from '{path}': {error}{hint}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     if not tokenizer.is_fast:
         raise TokenizerError(f"the tokenizer of '{path}' has no fast version, which tells character offsets")
     if special_tokens:
