@@ -169,7 +169,8 @@ def assemble(
         model = _build(config, len(tokenizer), meta=True)
         check_weights(model, config, fetch=not meta)
     if not meta:
-        model = _build(config, len(tokenizer), features_only=features_only)
+        given = "language_model" in read_manifest(folder).complete if folder else False
+        model = _build(config, len(tokenizer), features_only=features_only, language_model_given=given)
         load_parts(model, config)
         if config.checkpoint:
             load_checkpoint(model, config, folder)

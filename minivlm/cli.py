@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "prepare-captions": (prepare_captions, "make img2dataset's download list from lists of {url, caption}"),
         "inspect": (inspect, "say what a file of weights or a folder holds, and what it is good for"),
         "convert": (convert, "write MiniGPT-4's .pth files as model folders, and back"),
+        "merge": (merge, "write base, encoder, connector and adapters as one folder that needs no other"),
         "cache": (cache, "encode the pictures of an experiment file ahead of its training"),
         "list": (list_names, "registered names, by kind"),
         "doctor": (doctor, "versions, devices, missing extras"),
@@ -274,6 +275,13 @@ def convert(argv: list[str]) -> int:
     from minivlm.convert import main as convert_main
 
     return guarded(lambda: convert_main(argv))
+
+
+def merge(argv: list[str]) -> int:
+    """``minivlm merge SOURCE TARGET``."""
+    from minivlm.convert import merge_main
+
+    return guarded(lambda: merge_main(argv))
 
 
 def list_names(argv: list[str]) -> int:

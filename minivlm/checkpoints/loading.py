@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from minivlm.checkpoints import minigpt4, native
+from minivlm.checkpoints import minigpt4, native, parts
 from minivlm.checkpoints.files import WeightFile, check_path, local_path, read_weights
 from minivlm.checkpoints.foreign import Format, check_foreign, load_foreign, matches
 from minivlm.checkpoints.report import CheckpointError, LoadReport
 from minivlm.config.experiment import ModelConfig
 from minivlm.models.hub import hash_tensors, join_hashes
+from minivlm.models.lora import base_state, file_name
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.paths import is_url, is_weight_file
 
@@ -69,7 +70,7 @@ def check_files(config: ModelConfig) -> None:
 
 
 def _check_file(key: str, path: str) -> None:
-    if not is_url(path):  # a URL is fetched when it is read
+    if not is_url(path) and parts.model_folder(path) is None:  # a URL is fetched when it is read
         local_path(key, path)
 
 
@@ -88,7 +89,9 @@ def check_weights(shapes: VisionLanguageModel, config: ModelConfig, *, fetch: bo
     """
     for part in PARTS:
         path = getattr(config, part).weights
-        if path and not is_url(path):
+        if path and parts.model_folder(path):
+            parts.check_part(shapes, part, path)
+        elif path and not is_url(path):
             key = f"model.{part}.weights"
             file = read_weights(key, path, shapes_only=True)
             foreign, _ = _compare_part(shapes, part, file, key)
@@ -113,6 +116,8 @@ def load_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:
     A published base becomes the ``source`` of what it fills, so that a checkpoint need not hold it again; other
     files leave no source. Raises :class:`CheckpointError` when the file does not belong there.
     """
+    if parts.model_folder(path):
+        return parts.load_part(model, part, path)
     key = f"model.{part}.weights"
     file = read_weights(key, path)
     form, report = _compare_part(model, part, file, key)
@@ -122,7 +127,7 @@ def load_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:
             _note_sources(model, form, file, report.matched)
         return report
     module = getattr(model, part)
-    module.load_state_dict(file.tensors)
+    module.load_state_dict(file.tensors, strict=False)  # compared before; adapters stay as they are
     module.source, module.unsourced = None, frozenset()  # no base would give these weights again
     report.where, report.what = f"{key} {path}", "weights of this part"
     return report
@@ -133,7 +138,7 @@ def _compare_part(
 ) -> tuple[Format | None, LoadReport]:
     """The format of a file for a part, None if it has the part's own names and all of them."""
     module = getattr(model, part)
-    report = LoadReport.compare(module.state_dict(), file.tensors, module.fits)
+    report = LoadReport.compare(base_state(module), file.tensors, module.fits)
     form = None if report.fits else identify(key, file)
     if form and form.part != part:
         raise CheckpointError(f"{key}: {file.path} holds {form.name}; give it as {form.key}")
@@ -169,11 +174,12 @@ def load_checkpoint(model: VisionLanguageModel, config: ModelConfig, start: Path
         report = native.load_weights(model, start)
         report.where, report.what = f"{_CHECKPOINT} {start}", "minivlm"
         model.trained_before = native.read_manifest(start).trained
+        parts.keep_bases(model, config, start)
     else:
         file, form = _read_checkpoint(config.checkpoint)
         report = load_foreign(model, file, form, _CHECKPOINT)
         report.still_random = _still_random(model, config, set(report.matched))
-        parameters = {name for name, _ in model.named_parameters()}
+        parameters = {file_name(name) for name, _ in model.named_parameters()}
         model.trained_before = [name for name in report.matched if name in parameters]
     model.load_reports.append(report)
 
@@ -191,9 +197,10 @@ def _read_checkpoint(path: str, *, shapes_only: bool = False) -> tuple[WeightFil
 def _still_random(model: VisionLanguageModel, config: ModelConfig, loaded: set[str]) -> list[str]:
     def is_random(part: str) -> bool:
         module: Any = getattr(model, part)
-        given = {name for name in module.state_dict() if f"{part}.{name}" in loaded}
+        own = base_state(module)
+        given = {name for name in own if f"{part}.{name}" in loaded}
         if getattr(config, part).weights and module.source is None:
             return False  # a plain file has filled it
-        return not given.issuperset(module.state_dict() if module.source is None else module.unsourced)
+        return not given.issuperset(own if module.source is None else module.unsourced)
 
     return [part for part in PARTS if is_random(part)]
