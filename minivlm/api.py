@@ -179,7 +179,8 @@ def assemble(
         model = _build(config, len(tokenizer), meta=True)
         check_weights(model, config, fetch=not meta)
     if not meta:
-        model = _build(config, len(tokenizer), features_only=features_only)
+        given = "language_model" in read_manifest(folder).complete if folder else False
+        model = _build(config, len(tokenizer), features_only=features_only, language_model_given=given)
         load_parts(model, config)
         if config.checkpoint:
             load_checkpoint(model, config, folder)
@@ -247,8 +248,9 @@ def _fill(config: ModelConfig, saved: ModelConfig) -> ModelConfig:
     # Saved picture settings belong to the saved encoder; a processor node of one's own is kept.
     says_nothing = config.processor in ({"name": "vlm"}, DEFAULT_PROCESSOR)
     if says_nothing:
-        own = config.vision_encoder is not None and _names_base(config.vision_encoder)
-        config.processor = DEFAULT_PROCESSOR if own else saved.processor
+        config.processor = (
+            saved.processor if _is_open(config.vision_encoder, saved.vision_encoder) else DEFAULT_PROCESSOR
+        )
     for part in PARTS:
         setattr(config, part, _fill_part(getattr(config, part), getattr(saved, part)))
     if config.template is None:
@@ -264,6 +266,14 @@ def _names_base(part: ModelPart) -> bool:
     return bool(part.weights) or any(getattr(part.config, key, None) for key in _BASE)
 
 
+def _is_open(given: ModelPart | None, saved: ModelPart | None) -> bool:
+    """Whether a node leaves to the checkpoint what the part is built of."""
+    if given is None or saved is None:
+        return True
+    base = any(getattr(given.config, key, None) for key in _BASE)
+    return given.name == saved.name and hasattr(given.config, "path") and not base
+
+
 def _fill_part(given: ModelPart | None, saved: ModelPart) -> ModelPart:
     """A node with what a saved one of the same kind says of its base, if it names none, and with its adapters.
 
@@ -273,14 +283,12 @@ def _fill_part(given: ModelPart | None, saved: ModelPart) -> ModelPart:
         return saved
     if given.name != saved.name:
         return given
-    if hasattr(given, "lora"):
-        given.lora = given.lora or saved.lora
-    if not _names_base(given):
-        given.weights = saved.weights
-        if hasattr(given.config, "path"):  # what is left out there means as in the checkpoint
-            for item in dataclasses.fields(given.config):
-                if getattr(given.config, item.name) == item.default:
-                    setattr(given.config, item.name, getattr(saved.config, item.name))
+    given.lora = given.lora or saved.lora
+    given.weights = given.weights if _names_base(given) else saved.weights
+    if _is_open(given, saved):  # what is left out means as in the checkpoint
+        for item in dataclasses.fields(given.config):
+            if getattr(given.config, item.name) == item.default:
+                setattr(given.config, item.name, getattr(saved.config, item.name))
     return given
 
 

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "convert": (convert, "write MiniGPT-4's .pth files as model folders, and back"),
         "download": (download, "fetch the base models of an experiment file, or one, from the hub or a mirror folder"),
         "export": (export, "write a model in the format of another project (transformers, llava, imp, minigpt4)"),
+        "merge": (merge, "write base, encoder, connector and adapters as one folder that needs no other"),
         "cache": (cache, "encode the pictures of an experiment file ahead of its training"),
         "list": (list_names, "registered names, by kind"),
         "doctor": (doctor, "versions, devices, missing extras"),
@@ -290,6 +291,13 @@ def export(argv: list[str]) -> int:
     from minivlm.export import main as export_main
 
     return guarded(lambda: export_main(argv))
+
+
+def merge(argv: list[str]) -> int:
+    """``minivlm merge SOURCE TARGET``."""
+    from minivlm.convert import merge_main
+
+    return guarded(lambda: merge_main(argv))
 
 
 def list_names(argv: list[str]) -> int:

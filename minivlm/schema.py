@@ -71,6 +71,29 @@ class Part:
 
 
 @dataclass
+class LoraSettings:
+    """Low-rank adapters in linear layers (Hu et al. 2021); with a quantised base this is QLoRA (Dettmers et al. 2023).
+
+    A name of a layer is the end of its path (``q_proj``) or a glob over the path or its end
+    (``layers.*.self_attn.*``).
+    """
+
+    r: int = setting(64, ge=1, help="rank")
+    alpha: float = setting(16, gt=0, help="the adapters' output is scaled by alpha / r")
+    dropout: float = setting(0.05, ge=0, lt=1)
+    target_modules: list[str] | str = setting(
+        factory=lambda: ["*"],
+        help="linear layers by the end of their path or by a glob; default: all of the part, also the output head; "
+        "all-linear: all but the output head",
+    )
+    exclude_modules: list[str] = setting(factory=list, help="linear layers without adapters, named in the same way")
+    shared_a: list[list[str]] = setting(
+        factory=list,
+        help="groups of neighbours with one matrix A, as if they were one fused layer: [[q_proj, k_proj, v_proj]]",
+    )
+
+
+@dataclass
 class ModelPart(Part):
     """A part of the model: beside its own settings, what every model part may say of its training."""
 
@@ -83,7 +106,13 @@ class ModelPart(Part):
     weights: str | None = setting(
         None,
         help="a .safetensors or .pth file (path or URL) with weights for this part, by its own names or a published "
-        "base such as eva_vit_g.pth or blip2_pretrained_flant5xxl.pth; `minivlm inspect FILE` says what a file is",
+        "base such as eva_vit_g.pth or blip2_pretrained_flant5xxl.pth, or a model folder of minivlm, whose part of "
+        "this kind is taken; `minivlm inspect FILE` says what a file is",
+    )
+    lora: LoraSettings | None = setting(
+        None,
+        help="train low-rank adapters only: the base is frozen and the adapters train, whatever `freeze` says "
+        '(`freeze: ["*"]` freezes them, too)',
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -235,7 +234,9 @@ def training_folder(generation: str, target: Path) -> Path:
     target.mkdir()
     about = golden_json(f"{generation}/expected_train.json")
     source = GOLDEN / generation / "stage2_lora"
-    shutil.copyfile(source / "config.json", target / "config.json")
+    config = json.loads((source / "config.json").read_text())
+    config["mm_vision_tower"] = str(GOLDEN / config["mm_vision_tower"])
+    (target / "config.json").write_text(json.dumps(config))
     settings = json.loads((source / "adapter_config.json").read_text())
     settings |= {"r": about["r"], "lora_alpha": about["alpha"], "lora_dropout": about["dropout"]}
     (target / "adapter_config.json").write_text(json.dumps(settings))

@@ -13,11 +13,13 @@ from rich.console import Console
 from minivlm.api import assemble
 from minivlm.config import load_config
 from minivlm.config.loader import parse_model
-from minivlm.models.configs import HFLanguageModelConfig, LoraSettings
+from minivlm.models.configs import HFLanguageModelConfig
 from minivlm.models.language.hf import HFLanguageModel
+from minivlm.models.lora import add_lora
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.runners.dry_run import dry_run
 from minivlm.runners.memory import CUDA_CONTEXT, Sizes, Use, inference_uses, kv_bytes, training_uses, weight_uses
+from minivlm.schema import LoraSettings
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 32, 64, 2, 360
 LINEAR = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE)
@@ -57,7 +59,8 @@ def test_quantised_layers_are_counted_as_quantised() -> None:
 def test_adapters_are_not_quantised() -> None:
     model = build()
     config: dict[str, Any] = tiny_model()["language_model"]["config"]
-    model.language_model = HFLanguageModel(HFLanguageModelConfig(config=config, lora=LoraSettings(r=2)), VOCABULARY)
+    model.language_model = HFLanguageModel(HFLanguageModelConfig(config=config), VOCABULARY)
+    add_lora("language_model", model.language_model, LoraSettings(r=2, target_modules=["q_proj", "v_proj"]))
     found = of_language(weight_uses(model, "int8"))
     assert found["int8"][0] == LINEAR and found["float32"] == (LAYERS * 2 * 4 * HIDDEN, 4 * LAYERS * 2 * 4 * HIDDEN)
 

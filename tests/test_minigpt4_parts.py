@@ -22,7 +22,6 @@ from minivlm.models.base import ModelError
 from minivlm.models.configs import (
     EvaClipGConfig,
     HFLanguageModelConfig,
-    LoraSettings,
     PatchMergeConfig,
     QFormerConfig,
 )
@@ -30,8 +29,10 @@ from minivlm.models.connectors.mlp import PatchMergeConnector
 from minivlm.models.connectors.qformer import QFormerConnector
 from minivlm.models.language import hf as language_module
 from minivlm.models.language.hf import HFLanguageModel
+from minivlm.models.lora import add_lora
 from minivlm.models.tuning import apply_freeze, parameter_groups
 from minivlm.models.vision.eva_clip_g import EvaClipG, interpolate_positions
+from minivlm.schema import LoraSettings
 from minivlm.types import IGNORE_INDEX, Message, Sample, SampleError
 
 EVA = {"image_size": 56, "width": 32, "depth": 3, "num_heads": 4}
@@ -45,9 +46,16 @@ def eva(**settings: Any) -> EvaClipG:
     return EvaClipG(EvaClipGConfig(**{**EVA, **settings})).eval()
 
 
-def language_model(**settings: Any) -> HFLanguageModel:
+def language_model(lora: LoraSettings | None = None, **settings: Any) -> HFLanguageModel:
     torch.manual_seed(0)
-    return HFLanguageModel(HFLanguageModelConfig(config=LLAMA, **settings), 360)
+    model = HFLanguageModel(HFLanguageModelConfig(config=LLAMA, **settings), 360)
+    if lora:
+        add_lora("language_model", model, lora)
+    return model
+
+
+def minigpt_v2(**settings: Any) -> LoraSettings:
+    return LoraSettings(**{"target_modules": ["q_proj", "v_proj"], **settings})
 
 
 # --- vision encoder -----------------------------------------------------------------------------------------------
@@ -204,7 +212,7 @@ def test_patch_merge_joins_neighbours_of_a_row_without_the_class_token() -> None
 
 @pytest.mark.parametrize("freeze", [True, False])
 def test_of_a_model_with_lora_only_the_adapters_train(freeze: bool) -> None:
-    model = language_model(lora=LoraSettings(r=3, alpha=6))
+    model = language_model(lora=minigpt_v2(r=3, alpha=6))
     apply_freeze("language_model", model, freeze)
     trains = [name for name, p in model.named_parameters() if p.requires_grad]
     assert set(trains) == model.adapter_parameters
@@ -213,7 +221,7 @@ def test_of_a_model_with_lora_only_the_adapters_train(freeze: bool) -> None:
 
 
 def test_globs_freeze_adapters_too() -> None:
-    model = language_model(lora=LoraSettings(r=3))
+    model = language_model(lora=minigpt_v2(r=3))
     apply_freeze("language_model", model, ["*.layers.0.*"])
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trains == {name for name in model.adapter_parameters if ".layers.1." in name}
@@ -222,14 +230,14 @@ def test_globs_freeze_adapters_too() -> None:
 
 
 def test_lora_starts_as_the_base_and_is_fp32_over_a_half_base() -> None:
-    base, adapted = language_model().eval(), language_model(lora=LoraSettings()).eval()
+    base, adapted = language_model().eval(), language_model(lora=minigpt_v2()).eval()
     embeds = torch.randn(1, 4, base.hidden_size)
     positions = torch.arange(4)[None]
     for name, parameter in adapted.named_parameters():  # the adapters were drawn after the base
         if name not in adapted.adapter_parameters:
             assert torch.equal(parameter, base.get_parameter(name.replace(".base_layer", "")))
     torch.testing.assert_close(adapted(embeds, None, positions), base(embeds, None, positions))
-    half = language_model(lora=LoraSettings(), dtype="bf16")
+    half = language_model(lora=minigpt_v2(), dtype="bf16")
     apply_freeze("language_model", half, True)
     assert half.dtype == torch.bfloat16
     assert {half.get_parameter(name).dtype for name in half.adapter_parameters} == {torch.float32}
@@ -237,7 +245,7 @@ def test_lora_starts_as_the_base_and_is_fp32_over_a_half_base() -> None:
 
 def test_lora_target_modules_must_exist() -> None:
     with pytest.raises(ModelError, match=r"has no layer query; its linear layers are .*q_proj.*v_proj"):
-        language_model(lora=LoraSettings(target_modules=["q_proj", "query"]))
+        language_model(lora=minigpt_v2(target_modules=["q_proj", "query"]))
 
 
 def test_quantization_names_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +316,7 @@ def test_a_model_with_lora_comes_back_from_its_folder(tmp_path: Path) -> None:
         "path": str(base),
         "tokenizer": "asset:quickstart",
         "freeze": True,
-        "lora": {"r": 2},
+        "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]},
     }
     section["template"] = "minigpt_v2"
     model, processor, config = assemble(parse_model(section, "test"))

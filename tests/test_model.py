@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, pad
 from minivlm.api import assemble
 from minivlm.checkpoints.loading import load_part
 from minivlm.config.loader import parse_model
-from minivlm.models.base import Connector, LanguageModel, ModelError, VisionEncoder
+from minivlm.models.base import Connector, LanguageModel, ModelError, PartModule, VisionEncoder
 from minivlm.models.build import build_model
 from minivlm.models.configs import HFLanguageModelConfig
 from minivlm.models.language.hf import HFLanguageModel
@@ -304,7 +304,9 @@ def test_freezing_by_glob() -> None:
 
 
 def test_freezing_can_be_undone_and_a_glob_must_match() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module = PartModule()
+    for name in ("0", "1"):
+        module.add_module(name, nn.Linear(2, 2))
     apply_freeze("connector", module, True)
     assert not any(p.requires_grad for p in module.parameters())
     apply_freeze("connector", module, ["0.*"])

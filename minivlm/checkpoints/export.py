@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.checkpoints.files import read_weights
-from minivlm.checkpoints.minigpt4 import MINIGPT4
+from minivlm.checkpoints.minigpt4 import MINIGPT4, lora_of
 from minivlm.checkpoints.native import WEIGHTS, read_config, read_manifest
 from minivlm.checkpoints.report import CheckpointError
 from minivlm.io import write_atomic
@@ -25,8 +25,11 @@ def export_minigpt4(folder: Path, target: Path) -> list[str]:
     manifest = read_manifest(folder)
     settings = _original_settings(folder, read_config(folder))
     # Buffers such as rotary frequencies are computed anew by every reader.
-    tensors = read_weights("convert", str(folder / WEIGHTS)).tensors
-    state = {name: tensor for name, tensor in tensors.items() if not name.endswith("inv_freq")}
+    file = read_weights("convert", str(folder / WEIGHTS))
+    state = {name: tensor for name, tensor in file.tensors.items() if not name.endswith("inv_freq")}
+    adapters = lora_of(file)
+    if adapters:
+        settings["lora_target_modules"] = adapters["targets"]
     renamed, lost = MINIGPT4.back(state)
     if "lora_r" not in settings:  # only with LoRA does peft put its own modules around the language model
         renamed = {k.replace("llama_model.base_model.model.", "llama_model."): v for k, v in renamed.items()}
@@ -53,6 +56,10 @@ def _original_settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             f"{folder} is no MiniGPT-4: it has {encoder['name']} and {connector['name']}, "
             "which has eva_clip_g and either qformer or patch_merge"
         )
+    further = [f"{part}.lora" for part in ("vision_encoder", "connector") if config[part].get("lora")]
+    further += ["language_model.lora.shared_a"] if (language.get("lora") or {}).get("shared_a") else []
+    if further:
+        raise CheckpointError(f"{folder} is no MiniGPT-4, which has no {', '.join(further)}; see minivlm merge")
     with_qformer, lora = connector["name"] == "qformer", language.get("lora")
     kind = "pretrain_vicuna0" if with_qformer else "pretrain_llama2"
     settings = {
@@ -64,5 +71,5 @@ def _original_settings(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     if with_qformer:
         settings["num_query_token"] = connector["num_query_tokens"]
     if lora:
-        settings |= {"lora_r": lora["r"], "lora_alpha": lora["alpha"], "lora_target_modules": lora["target_modules"]}
+        settings |= {"lora_r": lora["r"], "lora_alpha": lora["alpha"]}
     return settings

@@ -7,7 +7,7 @@ In a pattern ``#`` stands for a number and ``*`` for one or more characters of a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minivlm.checkpoints.files import WeightFile
 from minivlm.checkpoints.report import CheckpointError, LoadReport
+from minivlm.models.lora import is_adapter
 from minivlm.models.vlm import VisionLanguageModel
 
 Row = tuple[str, str]
@@ -159,16 +160,8 @@ def translate(form: Format, tensors: Mapping[str, Tensor], own: Iterable[str] | 
             continue
         shares = [tensor] * len(ours) if not rule or rule.copied or not tensor.dim() else tensor.chunk(len(ours))
         for each, share in zip(ours, shares, strict=False):  # what cannot be shared has another shape than is wanted
-            each = below_adapter(each, known) if known else each
             done.tensors[each], done.theirs[each] = share, name
     return done
-
-
-def below_adapter(name: str, own: Container[str]) -> str:
-    """The name of a base weight in a model whose layer has an adapter around it."""
-    module, _, kind = name.rpartition(".")
-    wrapped = f"{module}.base_layer.{kind}"
-    return wrapped if name not in own and wrapped in own else name
 
 
 def load_foreign(model: VisionLanguageModel, file: WeightFile, form: Format, key: str, part: str = "") -> LoadReport:
@@ -213,7 +206,7 @@ def _leave_others(given: Translation, part: str) -> None:
 
 def _may_lack(form: Format, name: str, part: str) -> bool:
     """Whether a tensor that is wanted need not be in the file: a base knows no adapters and leaves initial values."""
-    return bool(part) and (".lora_" in name or any(matches(pattern, name) for pattern in form.initial))
+    return bool(part) and (is_adapter(name) or any(matches(pattern, name) for pattern in form.initial))
 
 
 def measure(size: Size, tensors: Mapping[str, Any]) -> int | None:

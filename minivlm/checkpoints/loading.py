@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from minivlm.checkpoints import llava, llava_hf, minigpt4, native
+from minivlm.checkpoints import llava, llava_hf, minigpt4, native, parts
 from minivlm.checkpoints.files import WeightFile, check_path, is_llava_folder, local_path, read_weights
 from minivlm.checkpoints.foreign import Format, check_foreign, load_foreign, matches
 from minivlm.checkpoints.report import CheckpointError, LoadReport
 from minivlm.config.experiment import ModelConfig
 from minivlm.models.hub import hash_tensors, join_hashes
+from minivlm.models.lora import base_state, file_name
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.paths import is_url, is_weight_file
 
@@ -89,7 +90,9 @@ def check_weights(shapes: VisionLanguageModel, config: ModelConfig, *, fetch: bo
     """
     for part in PARTS:
         path = getattr(config, part).weights
-        if path and not is_url(path):
+        if path and parts.model_folder(path):
+            parts.check_part(shapes, part, path)
+        elif path and not is_url(path):
             key = f"model.{part}.weights"
             file = read_weights(key, path, shapes_only=True)
             foreign, _ = _compare_part(shapes, part, file, key)
@@ -114,6 +117,8 @@ def load_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:
     A published base becomes the ``source`` of what it fills, so that a checkpoint need not hold it again; other
     files leave no source. Raises :class:`CheckpointError` when the file does not belong there.
     """
+    if parts.model_folder(path):
+        return parts.load_part(model, part, path)
     key = f"model.{part}.weights"
     file = read_weights(key, path)
     form, report = _compare_part(model, part, file, key)
@@ -123,7 +128,7 @@ def load_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:
             _note_sources(model, form, file, report.matched)
         return report
     module = getattr(model, part)
-    module.load_state_dict(file.tensors)
+    module.load_state_dict(file.tensors, strict=False)  # compared before; adapters stay as they are
     module.source, module.unsourced = None, frozenset()  # no base would give these weights again
     report.where, report.what = f"{key} {path}", "weights of this part"
     return report
@@ -134,7 +139,7 @@ def _compare_part(
 ) -> tuple[Format | None, LoadReport]:
     """The format of a file for a part, None if it has the part's own names and all of them."""
     module = getattr(model, part)
-    report = LoadReport.compare(module.state_dict(), file.tensors, module.fits)
+    report = LoadReport.compare(base_state(module), file.tensors, module.fits)
     form = None if report.fits else identify(key, file)
     if form and form.part != part and (form.part or not form.base):
         raise CheckpointError(f"{key}: {file.path} holds {form.name}; give it as {form.key}")
@@ -150,7 +155,7 @@ def _note_sources(model: VisionLanguageModel, form: Format, file: WeightFile, lo
     for part in {name.split(".")[0] for name in loaded}:
         module = getattr(model, part)
         prefix = f"{part}."
-        names = {name for name in module.state_dict() if not any(matches(p, prefix + name) for p in form.initial)}
+        names = {name for name in base_state(module) if not any(matches(p, prefix + name) for p in form.initial)}
         left = names - {name.removeprefix(prefix) for name in loaded}
         if module.source is not None and part != form.part:  # a second file for the part
             both = join_hashes(module.source.get("sha256", ""), found["sha256"])
@@ -170,11 +175,12 @@ def load_checkpoint(model: VisionLanguageModel, config: ModelConfig, start: Path
         report = native.load_weights(model, start)
         report.where, report.what = f"{_CHECKPOINT} {start}", "minivlm"
         model.trained_before = native.read_manifest(start).trained
+        parts.keep_bases(model, config, start)
     else:
         file, form = _read_checkpoint(config.checkpoint)
         report = load_foreign(model, file, form, _CHECKPOINT)
         report.still_random = _still_random(model, config, set(report.matched))
-        parameters = {name for name, _ in model.named_parameters()}
+        parameters = {file_name(name) for name, _ in model.named_parameters()}
         model.trained_before = [name for name in report.matched if name in parameters]
     model.load_reports.append(report)
 
@@ -192,9 +198,10 @@ def _read_checkpoint(path: str, *, shapes_only: bool = False) -> tuple[WeightFil
 def _still_random(model: VisionLanguageModel, config: ModelConfig, loaded: set[str]) -> list[str]:
     def is_random(part: str) -> bool:
         module: Any = getattr(model, part)
-        given = {name for name in module.state_dict() if f"{part}.{name}" in loaded}
+        own = base_state(module)
+        given = {name for name in own if f"{part}.{name}" in loaded}
         if getattr(config, part).weights and module.source is None:
             return False  # a plain file has filled it
-        return not given.issuperset(module.state_dict() if module.source is None else module.unsourced)
+        return not given.issuperset(own if module.source is None else module.unsourced)
 
     return [part for part in PARTS if is_random(part)]

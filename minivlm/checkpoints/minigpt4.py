@@ -147,7 +147,7 @@ def _other_projection(file: WeightFile, model: VisionLanguageModel) -> str | Non
 
 def _other_lora(file: WeightFile, model: VisionLanguageModel) -> str | None:
     lora = lora_of(file)
-    adapters: frozenset[str] = getattr(model.language_model, "adapter_parameters", frozenset())
+    adapters = model.language_model.adapter_parameters
     if lora and not adapters:
         settings = f"{{r: {lora['r']}, alpha: {lora['alpha']}, target_modules: [{', '.join(lora['targets'])}]}}"
         return f"it holds LoRA weights, the model has no LoRA; set model.language_model.lora: {settings}"

@@ -18,6 +18,7 @@ from minivlm.checkpoints.report import CheckpointError, LoadReport
 from minivlm.config.experiment import ModelConfig, to_container
 from minivlm.config.source import read_yaml
 from minivlm.io import atomic_folder, write_json
+from minivlm.models.lora import file_name, is_adapter
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.paths import is_placeholder
 from minivlm.processors.image import ImageTransform
@@ -78,7 +79,8 @@ def write_model(
         keys = [key for key in state if key.startswith(f"{part}.")]
         trains = any(key in trained for key in keys)
         beyond = {f"{part}.{name}" for name in getattr(model, part).unsourced}
-        kept = [k for k in keys if source is None or k in trained or k in beyond or (k in buffers and trains)]
+        own = trained | beyond | {key for key in keys if is_adapter(key) or (key in buffers and trains)}
+        kept = [key for key in keys if source is None or key in own]
         wanted.update({key: state[key] for key in kept})
         manifest.sources[part] = source
         if len(kept) == len(keys) and part not in manifest.complete:
@@ -204,8 +206,11 @@ def load_weights(model: VisionLanguageModel, folder: Path) -> LoadReport:
     missing although no base provides it.
     """
     manifest = read_manifest(folder)
-    state = read_weights("model.checkpoint", str(folder / WEIGHTS)).tensors
-    own = model.state_dict()
+    tensors = read_weights("model.checkpoint", str(folder / WEIGHTS)).tensors
+    state = {file_name(name): tensor for name, tensor in tensors.items()}
+    adapted = {name.split(".")[0] for name in state if is_adapter(name)}
+    # New adapters start from a checkpoint without any.
+    own = {name: t for name, t in model.state_dict().items() if not is_adapter(name) or name.split(".")[0] in adapted}
     ties = {own[key].data_ptr() for key in state if key in own}
     from_base = {
         f"{part}.{name}"
@@ -213,13 +218,15 @@ def load_weights(model: VisionLanguageModel, folder: Path) -> LoadReport:
         for module in [getattr(model, part)]
         if part not in manifest.complete and module.source
         for name in module.state_dict()
-        if name not in module.unsourced
+        if name not in module.unsourced and not is_adapter(name)
     }
     wanted = {k: t for k, t in own.items() if k in state or (t.data_ptr() not in ties and k not in from_base)}
     report = LoadReport.compare(wanted, state, model.fits)
     _check_sources(model, manifest, folder)
     if not report.fits:
-        raise CheckpointError(f"{folder} is a checkpoint of another model:\n{report}")
+        lost = sorted({f"model.{name.split('.')[0]}.lora" for name in report.unexpected if is_adapter(name)})
+        hint = f" with LoRA: set {' and '.join(lost)} as there, or fold it in with `minivlm merge`" if lost else ""
+        raise CheckpointError(f"{folder} is a checkpoint of another model{hint}:\n{report}")
     model.load_state_dict(state, strict=False)
     return report
 

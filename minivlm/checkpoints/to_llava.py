@@ -14,6 +14,7 @@ from minivlm.checkpoints.llava import FUSED, FUSED_LORA, LLAVA, LLAVA_LORA
 from minivlm.checkpoints.report import CheckpointError
 from minivlm.config.experiment import ModelConfig
 from minivlm.io import atomic_folder, write_json
+from minivlm.models.lora import is_adapter
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
 
@@ -50,7 +51,7 @@ def write_llava(
 
 
 def _trained(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.items() if ".lora_" in name or name.startswith("connector.")}
+    return {name: tensor for name, tensor in state.items() if is_adapter(name) or name.startswith("connector.")}
 
 
 def _translated(form: Format, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,8 +68,8 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def _write_adapters(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    _save({n: t for n, t in tensors.items() if ".lora_" in n}, folder / "adapter_model.bin")
-    _save({n: t for n, t in tensors.items() if ".lora_" not in n}, folder / "non_lora_trainables.bin")
+    _save({n: t for n, t in tensors.items() if is_adapter(n)}, folder / "adapter_model.bin")
+    _save({n: t for n, t in tensors.items() if not is_adapter(n)}, folder / "non_lora_trainables.bin")
     return tensors
 
 
@@ -81,7 +82,8 @@ def _write_whole(
     # Imp's second layout leaves out the norm that is not used.
     unused = () if fused else form.initial
     kept = {name: tensor for name, tensor in state.items() if not any(matches(p, name) for p in unused)}
-    if model.language_model.model.config.tie_word_embeddings:
+    language: Any = model.language_model
+    if language.model.config.tie_word_embeddings:
         kept.pop("language_model.model.lm_head.weight", None)
     written = _translated(form, kept)
     save_torch_state_dict(written, folder, max_shard_size=_SHARD)
@@ -162,7 +164,7 @@ def _first_names(own: Mapping[str, Any]) -> dict[str, Any]:
 def _adapter_settings(config: ModelConfig, written: Mapping[str, Tensor], fused: bool) -> dict[str, Any]:
     assert config.language_model and config.language_model.lora
     lora = config.language_model.lora
-    layers = {name.split(".lora_")[0].split(".")[-1] for name in written if ".lora_" in name}
+    layers = {name.split(".lora_")[0].split(".")[-1] for name in written if is_adapter(name)}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -95,7 +95,8 @@ def child(shape: Shape, key: str, node: Any) -> Shape:
     if isinstance(shape, PartNodes):
         return PartNode(shape.kind, key if isinstance(node, dict) else None)
     if isinstance(shape, PartNode):
-        shape = config_class(shape.kind, name_of(node, shape))
+        shared = key in part_settings(shape.kind)
+        shape = part_class(shape.kind) if shared else config_class(shape.kind, name_of(node, shape))
     if shape is None or key not in settings(shape):
         return None
     hint = type_hints(shape)[key]

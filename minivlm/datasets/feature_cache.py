@@ -219,6 +219,9 @@ def _settings(given: Any, module: nn.Module) -> dict[str, Any]:
     if dataclasses.is_dataclass(given):
         given = {field.name: getattr(given, field.name) for field in dataclasses.fields(given) if field.repr}
     kept = {key: value for key, value in (given or {}).items() if key not in WITHOUT_EFFECT}
+    lora: Any = getattr(module, "lora", None)
+    if lora:
+        kept["lora"] = dataclasses.asdict(lora)  # alpha is no weight
     inside: Any = getattr(getattr(module, "model", None), "config", None)
     if hasattr(inside, "to_diff_dict"):
         named = ("_name_or_path", "transformers_version")

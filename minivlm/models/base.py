@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minivlm.schema import LoraSettings
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Storage types by their names in configurations."""
 
@@ -23,6 +25,19 @@ class PartModule(nn.Module):
     """The base of the weights (``path``, ``revision``, ``sha256``, ...), None if no base gives them."""
     unsourced: frozenset[str] = frozenset()
     """Names of the tensors that the source does not give, such as a new projection behind a loaded Q-Former."""
+    lora: LoraSettings | None = None
+    """The settings of the adapters that it has, None without any; see :mod:`minivlm.models.lora`."""
+    adapter_parameters: frozenset[str] = frozenset()
+    """Names of the parameters of the adapters; empty without them."""
+    quantization: str | None = None
+    """How its base weights are quantised (int8, nf4); such weights neither train nor take adapters in."""
+    can_train: bool = True
+    """False if the weights are out of reach, so that the part is frozen whatever happens."""
+
+    @property
+    def output_head(self) -> nn.Module | None:
+        """The layer that gives the logits, None for a part without one."""
+        return None
 
     def fits(self, name: str, shape: torch.Size) -> bool:
         """Whether ``load_state_dict`` takes a tensor of another shape, as positions of another picture size."""
@@ -44,8 +59,6 @@ class VisionEncoder(PartModule):
     """Tokens of a picture; the patch tokens are the last ``grid[0] * grid[1]`` of them."""
     image_settings: Mapping[str, Any]
     """``size``, ``resize``, ``interpolation``, ``mean``, ``std``: how a picture becomes its input."""
-    can_train: bool = True
-    """False if the weights are out of reach, so that the encoder is frozen whatever happens."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, tokens, channels]."""

@@ -9,30 +9,38 @@ import torch
 from minivlm import registry
 from minivlm.models.base import ModelError
 from minivlm.models.hub import source_of
+from minivlm.models.lora import add_lora
 from minivlm.models.tuning import apply_freeze
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 
 
 def build_model(
-    config: Any, vocab_size: int, *, meta: bool = False, features_only: bool = False
+    config: Any,
+    vocab_size: int,
+    *,
+    meta: bool = False,
+    features_only: bool = False,
+    language_model_given: bool = False,
 ) -> VisionLanguageModel:
     """Build the parts of a :class:`ModelConfig` in order and pass them in; ``weights:`` are loaded afterwards.
 
     ``vocab_size`` is used by a language model that is trained from scratch. With ``meta`` nothing is loaded or
     allocated: only shapes and counts are right. With ``features_only`` that holds for the language model, if its
-    weights come from a folder: enough to encode pictures.
+    weights come from a folder: enough to encode pictures. With ``language_model_given`` a checkpoint will fill all
+    of it, so that no random numbers are drawn for it, which takes minutes for billions of them.
     """
     device = torch.device("meta" if meta else "cpu")
     empty = features_only and _has_folder(config.language_model)
     with device:
-        encoder = _build("vision_encoder", config.vision_encoder)
+        encoder = build_part("vision_encoder", config.vision_encoder)
     with torch.device("meta") if empty else device:
-        language_model = _build("language_model", config.language_model, vocab_size)
+        given = language_model_given or bool(config.language_model.weights)
+        language_model = build_part("language_model", config.language_model, vocab_size, given=given)
     if empty:
         settings = config.language_model.config  # a checkpoint asks for the base
         language_model.source = source_of(settings.path, getattr(settings, "revision", None))
     with device:
-        connector = _build("connector", config.connector, encoder, language_model.hidden_size)
+        connector = build_part("connector", config.connector, encoder, language_model.hidden_size)
     model = VisionLanguageModel(encoder, connector, language_model)
     for name in PARTS:
         part = getattr(config, name)
@@ -43,12 +51,32 @@ def build_model(
 def _has_folder(part: Any) -> bool:
     """Whether a folder gives all weights; else numbers are drawn, on which those of the connector depend."""
     settings = part.config
-    return bool(getattr(settings, "path", None)) and not getattr(settings, "lora", None) and not part.weights
+    return bool(getattr(settings, "path", None)) and not part.lora and not part.weights
 
 
-def _build(kind: str, part: Any, *arguments: Any) -> Any:
+def _without_drawing(make: Any, *arguments: Any) -> Any:
+    """A part whose weights hold whatever lies in memory."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        module = make(*arguments)
+    for child in module.children():
+        if hasattr(child, "tie_weights"):  # which is left out as well
+            child.tie_weights()
+    return module
+
+
+def build_part(kind: str, part: Any, *arguments: Any, given: bool = False) -> Any:
+    """One part with its adapters; ``given`` says that something will fill all of its weights.
+
+    Raises :class:`ModelError`.
+    """
     try:
-        return registry.get(kind, part.name)(part.config, *arguments)
+        make = registry.get(kind, part.name)
+        module = _without_drawing(make, part.config, *arguments) if given else make(part.config, *arguments)
+        if part.lora:
+            add_lora(kind, module, part.lora)
+        return module
     except (ModelError, registry.RegistryError):
         raise
     except Exception as error:

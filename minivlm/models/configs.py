@@ -123,18 +123,6 @@ class PatchMergeConfig:
 
 
 @dataclass
-class LoraSettings:
-    """Low-rank adapters (Hu et al. 2021); the defaults are those of MiniGPT-v2."""
-
-    r: int = setting(64, ge=1, help="rank")
-    alpha: float = setting(16, gt=0, help="the adapters' output is scaled by alpha / r")
-    dropout: float = setting(0.05, ge=0, lt=1)
-    target_modules: list[str] = setting(
-        factory=lambda: ["q_proj", "v_proj"], help="linear layers of the language model, by the end of their names"
-    )
-
-
-@dataclass
 class HFLanguageModelConfig:
     """Any causal language model of transformers."""
 
@@ -155,11 +143,6 @@ class HFLanguageModelConfig:
     dtype: str | None = setting(None, choices=("fp32", "bf16", "fp16"), help="storage of the weights")
     quantization: str | None = setting(
         None, choices=("int8", "nf4"), help="of the base weights, by bitsandbytes; needs path"
-    )
-    lora: LoraSettings | None = setting(
-        None,
-        help="train low-rank adapters only: the base is frozen and the adapters train, whatever `freeze` says "
-        '(`freeze: ["*"]` freezes them, too)',
     )
     attention: str = setting("sdpa", choices=("sdpa", "eager", "flash_attention_2", "flex_attention"))
     gradient_checkpointing: bool = False

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from minivlm.models.base import ModelError
+from minivlm.models.base import ModelError, PartModule
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
-def apply_freeze(part: str, module: nn.Module, freeze: bool | list[str] | None) -> None:
+def apply_freeze(part: str, module: PartModule, freeze: bool | list[str] | None) -> None:
     """Set ``requires_grad`` of a part's parameters: all, or those whose name no glob matches.
 
     Of a part with adapters (its ``adapter_parameters``) the base never trains, and the adapters train
@@ -24,7 +24,7 @@ def apply_freeze(part: str, module: nn.Module, freeze: bool | list[str] | None) 
     small updates vanish: the whole part becomes fp32. Raises :class:`ModelError` for a glob that matches
     nothing, and for a part that is asked to train and cannot.
     """
-    if not getattr(module, "can_train", True):
+    if not module.can_train:
         if freeze not in (None, True):
             raise ModelError(f"model.{part}.freeze: this part cannot train; leave `freeze` out or set it to true")
         return
@@ -36,7 +36,12 @@ def apply_freeze(part: str, module: nn.Module, freeze: bool | list[str] | None) 
                 f"model.{part}.freeze: '{glob}' matches no parameter; names look like "
                 + ", ".join(name for name, _ in named[:3])
             )
-    adapters: frozenset[str] = getattr(module, "adapter_parameters", frozenset())
+    adapters = module.adapter_parameters
+    if module.quantization and not adapters and freeze is not True:
+        raise ModelError(
+            f"model.{part}: quantised weights cannot train; set freeze: true, lora (which is QLoRA), or "
+            "quantization: null"
+        )
     for name, parameter in named:
         trains = name in adapters if adapters else freeze is not True
         parameter.requires_grad_(trains and not any(fnmatchcase(name, glob) for glob in globs))

@@ -22,6 +22,7 @@ from minivlm.datasets.training_set import build_datasets, build_split, preview
 from minivlm.models.tuning import PartRow, part_table
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
+from minivlm.runners.gpu_table import gpu_table, has_base
 from minivlm.runners.memory import inference_table, training_table
 from minivlm.runners.precision import resolve_precision
 from minivlm.runners.schedules import make_schedule, warmup_steps
@@ -108,4 +109,6 @@ def _show_data(stage: StageConfig, model: VisionLanguageModel, processor: VLMPro
     )
     precision = resolve_precision(run.precision, resolve_device(run.device))
     console.print(training_table(stage, model, precision, length or 512))
+    if has_base(stage.model):
+        console.print(gpu_table(stage, model, precision, length or 512))
     return True

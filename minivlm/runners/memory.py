@@ -11,6 +11,7 @@ from torch import nn
 
 from minivlm.config.experiment import StageConfig
 from minivlm.io import readable_size
+from minivlm.models.lora import file_name
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
 
@@ -47,12 +48,12 @@ def weight_uses(model: VisionLanguageModel, quantization: str | None = None, *, 
     if cached and model.is_frozen("vision_encoder"):
         front = model.connector.front_state() if model.has_frozen_front else {}
         left_out = ("vision_encoder.", *(f"connector.{name}" for name in front))
-    adapters: frozenset[str] = getattr(model.language_model, "adapter_parameters", frozenset())
+    adapters = model.language_model.adapter_parameters
     quantised = _linear_weights(model.language_model) - adapters if quantization else set()
     found: dict[tuple[str, str], tuple[int, float]] = {}
     for full_name, parameter in model.named_parameters():
         part, _, name = full_name.partition(".")
-        if full_name.startswith(left_out):
+        if file_name(full_name).startswith(left_out):
             continue
         stored, size = str(parameter.dtype).removeprefix("torch."), float(parameter.element_size())
         if quantization and part == "language_model" and name not in adapters:
@@ -68,9 +69,9 @@ def weight_uses(model: VisionLanguageModel, quantization: str | None = None, *, 
 
 
 def _linear_weights(language_model: Any) -> set[str]:
-    head = language_model.model.get_output_embeddings()
+    head = {id(module) for module in language_model.output_head.modules()}  # alone, or below its adapter
     named = language_model.named_modules()
-    return {f"{name}.weight" for name, module in named if isinstance(module, nn.Linear) and module is not head}
+    return {f"{name}.weight" for name, module in named if isinstance(module, nn.Linear) and id(module) not in head}
 
 
 @dataclass(frozen=True)
@@ -146,18 +147,17 @@ def training_uses(
 ) -> dict[str, float]:
     """Bytes by use for one process: weights, gradients, AdamW's two moments, activations.
 
-    Activations follow Korthikanti et al. 2022 (about 34 bytes a token, layer and channel in half precision;
-    2 with checkpointing) and hold the logits of a quarter of the positions.
+    Activations follow Korthikanti et al. 2022 (about 34 bytes a token, layer and channel in half precision; with
+    checkpointing 2, and 34 of the one layer that is computed again) and hold the logits of a quarter of the positions.
     """
     sizes = Sizes.of(model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    per_channel = (2 if checkpointing else 34) * (1.0 if half else 2.0)
+    trainable = sum(float(p.numel() * p.element_size()) for p in model.parameters() if p.requires_grad)
+    per_token = (2 * sizes.layers + 34 if checkpointing else 34 * sizes.layers) * (1.0 if half else 2.0)
     return {
         "weights": sum(use.bytes for use in weight_uses(model, quantization, cached=cached)),
-        "gradients": 4.0 * trainable,
-        "optimiser": 8.0 * trainable,
-        "activations": tokens * sizes.layers * sizes.hidden * per_channel
-        + tokens / 4 * model.language_model.vocab_size * 8,
+        "gradients": trainable,
+        "optimiser": 2 * trainable,
+        "activations": tokens * sizes.hidden * per_token + tokens / 4 * model.language_model.vocab_size * 8,
     }
 
 

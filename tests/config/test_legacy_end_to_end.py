@@ -189,7 +189,7 @@ def test_second_stage_with_every_key_of_the_model(write, prompts, llama):
     assert (vision.config.dtype, vision.config.class_token) == ("fp16", "keep")
     assert (connector.name, connector.freeze, connector.config.num_query_tokens) == ("qformer", FROZEN_QFORMER, 32)
     assert (language.name, language.freeze, language.config.path) == ("hf", True, llama)
-    assert language.config.quantization is None and language.config.lora is None
+    assert language.config.quantization is None and language.lora is None
     assert stage.model.checkpoint is None and stage.model.processor.config.max_answer_tokens == 160
     assert stage.datasets["cc_sbu_align"].config.storage == "/data/cc_sbu_align/"
     assert stage.datasets["cc_sbu_align"].config.batch_size == 12 and stage.run.trackers == ["wandb"]
@@ -227,7 +227,7 @@ def test_a_switched_off_qformer_leaves_the_class_token_out(write, prompts, llama
 
 def test_fine_tuning_of_minigpt_v2(write, llama):
     stage = load(write, V2.replace("LLAMA", llama) + DATA.replace("SIZE", "448") + RUN)
-    language = stage.model.language_model.config
+    language = stage.model.language_model
     assert (language.lora.r, language.lora.alpha, language.lora.dropout) == (64, 16, 0.05)
     assert language.lora.target_modules == ["q_proj", "v_proj"] and stage.model.language_model.freeze is True
     assert stage.model.vision_encoder.config.gradient_checkpointing and stage.model.processor.config.max_length == 3800
@@ -241,7 +241,7 @@ def test_fine_tuning_of_minigpt_v2(write, llama):
 def test_lora_can_be_switched_off(write, llama):
     text = V2.replace("LLAMA", llama).replace("lora_r: 64", "lora_r: -1")
     stage = load(write, text + DATA.replace("SIZE", "448") + RUN)
-    assert stage.model.language_model.config.lora is None
+    assert stage.model.language_model.lora is None
     assert trained(build(stage)[0]) == {"connector.linear.weight", "connector.linear.bias"}
 
 

@@ -63,7 +63,7 @@ def test_fine_tuning_of_minigpt_v2(write, minigpt4_data):
     stage, said = shown(write, texts.V2_FINETUNE, options)
     assert len(stage.datasets) == 22 and "50,000 steps" in said and "[INST]" in said
     assert stage.datasets["refcoco"].config.identifier == "[refer]"
-    assert stage.model.language_model.config.lora.r == 64 and stage.model.processor.config.max_answer_tokens == 1024
+    assert stage.model.language_model.lora.r == 64 and stage.model.processor.config.max_answer_tokens == 1024
 
 
 @pytest.mark.parametrize("flag", ["  chat_template: False\n", ""])

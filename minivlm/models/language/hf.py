@@ -10,20 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.models.base import DTYPES, LanguageModel, ModelError, on_meta_device
-from minivlm.models.configs import HFLanguageModelConfig, LoraSettings
+from minivlm.models.configs import HFLanguageModelConfig
 from minivlm.models.hub import from_pretrained, load_hf_config, source_of
 
 log = logging.getLogger(__name__)
 
 
 class HFLanguageModel(LanguageModel):
-    """The decoder and the output head are called apart, so that the head runs on chosen positions only.
-
-    With ``lora`` the adapters are the only parameters that train; see :func:`minivlm.models.tuning.apply_freeze`.
-    """
-
-    adapter_parameters: frozenset[str] = frozenset()
-    """Names of the parameters of the adapters; empty without them."""
+    """The decoder and the output head are called apart, so that the head runs on chosen positions only."""
 
     def __init__(self, config: HFLanguageModelConfig, vocab_size: int):
         super().__init__()
@@ -38,13 +32,13 @@ class HFLanguageModel(LanguageModel):
             arguments["dtype"] = DTYPES[config.dtype]
         if config.quantization:
             arguments |= _quantization(config)
+        if "quantization_config" in arguments:
+            self.quantization = config.quantization
         if config.path is None or on_meta_device():
             self.model: Any = AutoModelForCausalLM.from_config(hf, **arguments)
         else:
             self.model = from_pretrained(part, AutoModelForCausalLM, config.path, revision=config.revision, **arguments)
             self.source = source_of(config.path, config.revision)
-        if config.lora:
-            self.adapter_parameters = _add_lora(self.model, config.lora)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.hidden_size = self.model.get_input_embeddings().embedding_dim
@@ -63,6 +57,11 @@ class HFLanguageModel(LanguageModel):
         """Storage type of the embeddings, the type in which inputs are expected."""
         return self.model.get_input_embeddings().weight.dtype
 
+    @property
+    def output_head(self) -> nn.Module:
+        """The layer that gives the logits."""
+        return self.model.get_output_embeddings()
+
     def embed(self, ids: Tensor) -> Tensor:
         """[B, L] -> [B, L, hidden_size]."""
         return self.model.get_input_embeddings()(ids)
@@ -76,7 +75,7 @@ class HFLanguageModel(LanguageModel):
 
     def head(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> logits [..., vocab_size], as the model's own forward computes them."""
-        logits = self.model.get_output_embeddings()(hidden) * self.logit_scale
+        logits = self.output_head(hidden) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def generate(self, embeds: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
@@ -116,37 +115,8 @@ def _quantization(config: HFLanguageModelConfig) -> dict[str, Any]:
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     compute = DTYPES[config.dtype or "bf16"]
     return {
+        "dtype": compute,  # of embeddings, norms and head, which are not quantised
         "quantization_config": BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-        )
+        ),
     }
-
-
-def _add_lora(model: nn.Module, settings: LoraSettings) -> frozenset[str]:
-    """Put adapters into the named linear layers, in fp32; returns the names of their parameters."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    paths = [name for name, _ in model.named_modules() for end in settings.target_modules if _ends(name, end)]
-    lost = [end for end in settings.target_modules if not any(_ends(name, end) for name in paths)]
-    if lost or not paths:
-        kinds = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        raise ModelError(
-            f"model.language_model.lora.target_modules: {type(model).__name__} has no layer {', '.join(lost)}; "
-            f"its linear layers are {', '.join(sorted(kinds))}"
-        )
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,  # a fraction does no harm
-        lora_dropout=settings.dropout,
-        target_modules=sorted(set(paths)),
-    )
-    before = {id(parameter) for parameter in model.parameters()}
-    inject_adapter_in_model(config, model)
-    added = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in before}
-    for parameter in added.values():
-        parameter.data = parameter.data.float()
-    return frozenset(f"model.{name}" for name in added)
-
-
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
