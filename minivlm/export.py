@@ -115,7 +115,8 @@ def assemble_own(
 
     model, processor, config = assemble(read_model(source, cfg_path, options))
     for part in PARTS:
-        if getattr(config, part).weights == source:
+        weights = getattr(config, part).weights
+        if weights and Path(weights) == Path(source):
             getattr(model, part).source = None
     return model, processor, config
 
