@@ -129,7 +129,7 @@ def is_llava_folder(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False
     settings = read_json("model.checkpoint", folder / "config.json")
-    in_transformers = settings.get("model_type") == "llava" and "text_config" in settings
+    in_transformers = settings.get("model_type") == "llava" and isinstance(settings.get("text_config"), dict)
     return in_transformers or "mm_vision_tower" in settings or "mm_projector_type" in settings
 
 
