@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from golden_imp import GENERATIONS, GOLDEN, golden_image
-from helpers import tiny_model
+from helpers import tiny_model, write_yaml
 from llava_folders import (
     TINY_LM,
     TOKENIZER,
@@ -32,11 +32,12 @@ from torch import Tensor
 from transformers import AutoModel, CLIPVisionConfig, SiglipVisionConfig
 from transformers.utils import logging
 
+from minivlm.api import assemble
 from minivlm.checkpoints.inspection import inspect_path
 from minivlm.checkpoints.llava_folder import describe, language_type
 from minivlm.checkpoints.report import CheckpointError
 from minivlm.cli import main
-from minivlm.config import ConfigError
+from minivlm.config import ConfigError, load_config
 from minivlm.models.base import ModelError
 from minivlm.processors.tokenizer import TokenizerError, load_tokenizer
 
@@ -709,3 +710,13 @@ def test_a_file_of_a_whole_model_as_checkpoint(generation: str, tmp_path: Path) 
     folder = copy_golden(generation, tmp_path / "whole")
     for shard in reshard(folder, safe=True):  # without projector it is not even known
         assert re.search(r"missing      \d\d|is no checkpoint", refusal(section | {"checkpoint": str(shard)}))
+
+
+def test_a_preset_over_a_whole_folder_takes_all_parts_from_it(tmp_path: Path) -> None:
+    folder = GOLDEN / "v15" / "merged"
+    file = write_yaml(tmp_path / "x.yaml", {"model": {"arch": "imp", "model_type": "v1_3b", "checkpoint": str(folder)}})
+    _, processor, config = assemble(load_config(file).stages[-1].model)
+    assert all(
+        getattr(config, part).weights == str(folder) for part in ("vision_encoder", "connector", "language_model")
+    )
+    assert processor.config.max_length == 3072, "the rest is the preset's"
