@@ -39,7 +39,6 @@ from minivlm.checkpoints.report import CheckpointError
 from minivlm.cli import main
 from minivlm.config import ConfigError, load_config
 from minivlm.models.base import ModelError
-from minivlm.models.vlm import PARTS
 from minivlm.processors.tokenizer import TokenizerError, load_tokenizer
 
 logging.set_verbosity_error()
