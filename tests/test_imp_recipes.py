@@ -63,8 +63,8 @@ def options(place: Path, stem: str, folder: Path | str, **run: Any) -> list[str]
     }
     mix = {"llava_v1_5_mix665k": ("llava_v1_5_mix665k.json", "")}
     found = []
-    for name, (annotations, images) in own.get(stem.removeprefix("imp_v1_3b_"), mix).items():
-        found += [f"datasets.{name}.annotations={place}/data/{annotations}"]
+    for name, (records, images) in own.get(stem.removeprefix("imp_v1_3b_"), mix).items():
+        found += [f"datasets.{name}.annotations={place}/data/{records}"]
         found += [f"datasets.{name}.images={place}/data/{images}"]
     settings = {"output_dir": folder, "device": "cpu", "precision": "fp32", "num_workers": 0, **run}
     return [*found, *(f"run.{key}={value}" for key, value in settings.items())]

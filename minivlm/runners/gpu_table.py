@@ -82,7 +82,7 @@ def ways(stage: StageConfig, model: VisionLanguageModel, precision: str, length:
 
 
 def gpu_table(stage: StageConfig, model: VisionLanguageModel, precision: str, length: int) -> Table:
-    """A column for each of the three ways: bytes by use, the smallest card that takes a sample, what each card takes."""
+    """A column for each way: bytes by use, the smallest card that takes one sample, and what each card takes."""
     found = list(ways(stage, model, precision, length))
     table = Table("", *(way.name for way in found), title="which GPUs fit, estimated")
     for use in found[0].uses:
