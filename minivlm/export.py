@@ -113,9 +113,12 @@ def assemble_own(
     from minivlm.api import assemble
     from minivlm.models.vlm import PARTS
 
-    model, processor, config = assemble(read_model(source, cfg_path, options))
+    config = read_model(source, cfg_path, options)
+    start = config.checkpoint
+    model, processor, config = assemble(config)
     for part in PARTS:
-        if getattr(config, part).weights == source:
+        weights = getattr(config, part).weights
+        if start and weights and Path(weights) == Path(start):
             getattr(model, part).source = None
     return model, processor, config
 

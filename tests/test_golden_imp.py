@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from golden_imp import GENERATIONS, GOLDEN, Compared, compared, golden_image, golden_json, golden_tensors
-from safetensors.torch import save_file
+from helpers import write_yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minivlm.api import assemble
@@ -19,6 +20,7 @@ from minivlm.checkpoints.llava import FUSED_LORA, LLAVA_LORA
 from minivlm.config.loader import parse_model
 from minivlm.datasets.configs import LlavaJsonConfig
 from minivlm.datasets.llava_json import LlavaJsonBuilder
+from minivlm.export import main as export
 from minivlm.models.tuning import parameter_groups
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
@@ -29,6 +31,8 @@ FEATURES, LOGITS, LOSSES, GRADIENTS = 1e-5, 1e-4, 1e-5, 1e-5  # the tolerances o
 TRAINED, CURVE = 2e-3, 1e-4
 TOKENIZER = GOLDEN / "tokenizer"
 each_generation = pytest.mark.parametrize("generation", GENERATIONS)
+MERGED = [name for name in GENERATIONS if (GOLDEN / name / "merged" / "model.safetensors").is_file()]
+"""The trimmed copy has the merged folder of the newer layout only."""
 __all__ = ["compared"]
 
 
@@ -159,6 +163,22 @@ def test_golden_imp_several_pictures(compared: Compared, generation: str) -> Non
 
 
 @each_generation
+def test_golden_imp_cut_inside_a_picture(compared: Compared, generation: str) -> None:
+    """The compatibility switch cuts behind the splice, wherever that is."""
+    about = meta(generation)
+    longest = about["trunc.base.tokenizer_model_max_length"]
+    settings = {"name": "vlm", "max_length": longest, "on_overflow": "cut_right", "image": {"name": "image"}}
+    section = {"checkpoint": str(GOLDEN / generation), "language_model": language(), "processor": settings}
+    model, processor = load(section)
+    golden, batch = expected(generation), training_batch(processor)
+    mask = golden["trunc.base.attention_mask"]
+    assert batch.labels is not None
+    compared.equal(batch.attention_mask.sum(1).tolist(), mask.sum(1).tolist())
+    compare_rows(compared, batch.labels, golden.get("trunc.base.labels"), mask, 0)
+    compared.close(run(model, batch).loss.reshape(1), golden.get("trunc.base.loss"), LOSSES)
+
+
+@each_generation
 @pytest.mark.parametrize("kind", ["base", "merged"])
 def test_golden_imp_greedy(compared: Compared, generation: str, kind: str) -> None:
     """Greedy ids, from the model itself and with the adapters of the second stage."""
@@ -193,13 +213,10 @@ def test_golden_imp_adapters(compared: Compared, generation: str) -> None:
     compared.close(output.loss.reshape(1), golden.get("batch.merged.loss"), LOSSES)
 
 
-@each_generation
+@pytest.mark.parametrize("generation", MERGED)
 def test_golden_imp_merged_folder(compared: Compared, generation: str) -> None:
     """The original's merged folder, which brings its tokenizer."""
     folder = GOLDEN / generation / "merged"
-    if not (folder / "model.safetensors").is_file():
-        assert generation != "v15", "every set has the merged folder of the newer layout"
-        pytest.skip("the trimmed copy has the merged folder of the newer layout only")
     model, processor = load({"checkpoint": str(folder)})
     assert processor.tokenizer.eos_token == "</s>"
     golden = expected(generation)
@@ -224,6 +241,33 @@ def test_golden_imp_projector(compared: Compared, generation: str, key: str) -> 
     model, _ = load(section)
     for name, tensor in given.items():
         compared.close(model.connector.state_dict()[f"layers.{name.split('mm_projector.')[1]}"], tensor, 0, name)
+
+
+def same_tensors(compared: Compared, ours: dict[str, Tensor], golden: dict[str, Tensor]) -> None:
+    """The same names, and the same values to the bit."""
+    compared.equal(sorted(ours), sorted(golden))
+    for name, tensor in golden.items():
+        compared.close(ours[name], tensor, 0, name)
+
+
+@each_generation
+@pytest.mark.parametrize("kind", ["whole", "adapters", "projector"])
+def test_golden_imp_written_back(compared: Compared, generation: str, kind: str, tmp_path: Path) -> None:
+    """What was read from a file of the original is exported with its names and values."""
+    source = {"whole": ".", "adapters": "stage2_lora", "projector": "stage1"}[kind]
+    node = language() if kind == "whole" else language(GOLDEN / generation)
+    section = {"model": {"checkpoint": str((GOLDEN / generation / source).resolve()), "language_model": node}}
+    form = "imp_v1" if generation == "v1" else "imp"
+    done = export([str(write_yaml(tmp_path / "model.yaml", section)), str(tmp_path / "out"), "--to", form])
+    assert done == 0
+    for file in sorted((GOLDEN / generation / source).glob("*.bin")):
+        ours = torch.load(tmp_path / "out" / file.name, weights_only=True)
+        same_tensors(compared, ours, torch.load(file, weights_only=True))
+    if kind == "whole":
+        ours = load_file(tmp_path / "out" / "model.safetensors")
+        same_tensors(compared, ours, golden_tensors(f"{generation}/model.safetensors"))
+    again, _ = load({"checkpoint": str(tmp_path / "out"), "language_model": node})
+    assert all(torch.isfinite(p).all() for p in again.parameters())
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ def file_name(name: str) -> str:
 
 
 def base_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict without adapters."""
-    return {name: tensor for name, tensor in module.state_dict().items() if not is_adapter(name)}
+    """The state dict without adapters; tied tensors are one."""
+    return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if not is_adapter(name)}
 
 
 def add_lora(part: str, module: PartModule, settings: LoraSettings) -> None:
