@@ -302,3 +302,15 @@ def test_the_dry_run_states_the_batch_and_the_cards(
     assert rule in shown
     assert "which GPUs fit, estimated" in shown and "┃ LoRA ┃ QLoRA ┃ full ┃" in shown
     assert not (place / "nothing").exists()
+
+
+@pytest.mark.parametrize("command", [["check-data"], ["train", "--dry-run"]])
+def test_the_second_stage_is_looked_at_before_the_first_has_run(
+    command: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stem = "imp_v1_3b_stage2_lora"
+    given = [*options(place, stem, place / "nothing"), f"model.checkpoint={place}/later"]
+    assert main([*command, "--cfg-path", str(CONFIGS / f"{stem}.yaml"), "--options", *given]) == 0
+    assert f"there is no {place}/later yet" in capsys.readouterr().err
+    assert main(["train", "--cfg-path", str(CONFIGS / f"{stem}.yaml"), "--options", *given]) == 2
+    assert f"there is no folder {place}/later" in capsys.readouterr().err
