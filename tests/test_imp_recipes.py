@@ -201,6 +201,16 @@ def test_chat_of_both_folders(
     assert said[0] == said[1] and "model: " in said[0]
 
 
+def test_evaluation_of_both_folders(place: Path, lora: Path, merged: Path, tmp_path: Path) -> None:
+    found = []
+    for number, folder in enumerate((lora, merged)):
+        given = options(place, "imp_v1_3b_custom_lora", tmp_path / str(number), task="vqa", test_splits="[train]")
+        given += [f"model.checkpoint={folder}", *["model.language_model.lora=null"] * (folder == merged)]
+        assert main(["eval", str(CONFIGS / "imp_v1_3b_custom_lora.yaml"), "--options", *given]) == 0
+        found.append((tmp_path / str(number) / "report" / "predictions.jsonl").read_text())
+    assert found[0] == found[1] != ""
+
+
 def test_data_of_ones_own_on_the_merged_model_and_merged_again(place: Path, merged: Path, tmp_path: Path) -> None:
     """Four records, learned by heart; the end token is learned as well."""
     start = f"model.checkpoint={merged}"
