@@ -23,7 +23,7 @@ from minivlm.config.options import parse_options
 from minivlm.models.base import DTYPES, ModelError
 from minivlm.models.build import build_model
 from minivlm.models.vlm import PARTS, VisionLanguageModel
-from minivlm.paths import is_weight_file
+from minivlm.paths import is_placeholder, is_weight_file
 from minivlm.processors.configs import ImageConfig, ProcessorConfig
 from minivlm.processors.processor import VLMProcessor
 from minivlm.processors.template import Template
@@ -190,6 +190,21 @@ def assemble(
             for line in (*(report.summary for report in model.load_reports), *([note] if note else [])):
                 print(line, file=sys.stderr, flush=True)
     return model, build_processor(config, model, tokenizer), config
+
+
+def assemble_shapes(config: ModelConfig) -> tuple[VisionLanguageModel, VLMProcessor, ModelConfig]:
+    """:func:`assemble` on the meta device; a checkpoint that an earlier run has yet to write is not needed."""
+    if lacks_checkpoint(config):
+        print(f"note: there is no {config.checkpoint} yet; the parts are looked at without it", file=sys.stderr)
+        config = dataclasses.replace(config, checkpoint=None)
+    return assemble(config, meta=True)
+
+
+def lacks_checkpoint(config: ModelConfig) -> bool:
+    """Whether ``model.checkpoint`` is a folder that is not there, of a model whose parts are all named without it."""
+    path = config.checkpoint
+    absent = path is not None and not (is_weight_file(path) or is_placeholder(path) or Path(path).exists())
+    return absent and all(getattr(config, part) for part in (*PARTS, "template"))
 
 
 def _expand_base(part: ModelPart) -> None:

@@ -5,26 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from golden_minigpt4 import GOLDEN
 from helpers import ROOT, golden_section
+from page_commands import commands, run
 from shard_files import COLOURS, picture, write_shards
 
 PAGE = (ROOT / "docs" / "minigpt4.md").read_text()
 TINY_RUN = {"device": "cpu", "precision": "fp32", "num_workers": 0, "max_steps": 2, "save_freq": 2}
-
-
-def commands() -> list[list[str]]:
-    """The lines of the page's shell blocks as words, continued lines joined and comments left out."""
-    shell = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)).replace("\\\n", " ")
-    return [words for line in shell.splitlines() if (words := shlex.split(line, comments=True))]
 
 
 @pytest.fixture(scope="module")
@@ -59,34 +50,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(words: list[str], folder: Path, env: dict[str, str]) -> str:
-    """Run a command of the page; a server is stopped once it says where its page is."""
-    head, rest = words[0], words[1:]
-    if head == "torchrun":
-        rest[rest.index("--nproc-per-node") + 1] = "2"
-        rest.insert(0, "--standalone")
-    module = {"minivlm": ["-m", "minivlm.cli"], "torchrun": ["-m", "torch.distributed.run"], "python": []}[head]
-    # The published ranges name thousands of shards.
-    rest = [re.sub(r"\{00000\.\.\d+\}", "{00000..00001}", word) for word in rest]
-    process = subprocess.Popen(
-        [sys.executable, *module, *rest],
-        cwd=folder,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    said = ""
-    assert process.stdout
-    for line in process.stdout:
-        said += line
-        if "the page is at" in line:
-            process.send_signal(signal.SIGINT)
-    code = process.wait(timeout=300)
-    assert code == 0, f"{' '.join(words)}\n{said}"
-    return said
-
-
 @pytest.mark.slow
 def test_python_of_the_minigpt4_page(workplace: Path) -> None:
     (workplace / "dog.jpg").write_bytes(picture(next(iter(COLOURS))))
@@ -99,12 +62,14 @@ def test_python_of_the_minigpt4_page(workplace: Path) -> None:
 def test_commands_of_the_minigpt4_page(workplace: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     said: dict[str, str] = {}
-    for words in commands():
+    for words in commands(PAGE):
         if words[0] == "export":
             env |= dict(word.split("=", 1) for word in words[1:])
             continue
         if "chat" in words:
             continue  # it reads from the keyboard; tests/test_chat.py talks to it
+        # The published ranges name thousands of shards.
+        words = [re.sub(r"\{00000\.\.\d+\}", "{00000..00001}", word) for word in words]
         said[" ".join(words[:3])] = run(words, workplace, env)
     assert "the page is at" in said["python demo.py --cfg-path"]
     assert len((workplace / "captions.jsonl").read_text().splitlines()) == 16

@@ -80,7 +80,7 @@ def test_cards() -> None:
 
 
 def said(config: Path) -> str:
-    console = Console(record=True, width=120, quiet=False)
+    console = Console(record=True, width=80, quiet=False)
     assert dry_run(load_config(config), console)
     return " ".join(console.export_text().split())
 
@@ -94,7 +94,7 @@ def test_the_dry_run_of_a_stage_on_a_base_prints_it(tiny_experiment: dict[str, A
     tiny_experiment["model"] = section({"r": 3}, **base)
     text = said(write_yaml(tmp_path / "x.yaml", tiny_experiment))
     assert "which GPUs fit" in text and "LoRA of rank 3, with gradient checkpointing" in text
-    assert all(f"│ {name} " in text for name in ("LoRA", "QLoRA", "full"))
+    assert "┃ LoRA ┃ QLoRA ┃ full ┃" in text and "│ largest micro batch, 16 GB │" in text
 
 
 def test_what_no_card_holds_says_so() -> None:
@@ -102,7 +102,8 @@ def test_what_no_card_holds_says_so() -> None:
     model, _, config = build(section(None, config=huge, dtype="bf16"), meta=True)
     stage = StageConfig(config, run=RunConfig(batch_size_train=1))
     assert not has_base(stage.model)
-    console = Console(record=True, width=200, quiet=False)
+    console = Console(record=True, width=80, quiet=False)
     console.print(gpu_table(stage, model, "bf16", 500))
-    rows = {line.split()[1]: line for line in console.export_text().splitlines() if line.startswith("│")}
-    assert "more than one card" in rows["full"] and "more than one card" not in rows["QLoRA"]
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in console.export_text().splitlines()]
+    _, qlora, full = next(cells for name, *cells in rows if name == "fits")
+    assert full == "more than one card" != qlora

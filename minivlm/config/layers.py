@@ -14,7 +14,8 @@ def overlay(base: Tree, top: Tree, shape: Shape = None) -> Tree:
     """``top`` over ``base``: mappings are joined key by key, everything else is replaced.
 
     A part whose ``name`` changes starts afresh, because the settings of the old part mean nothing to the
-    new one; only what belongs to its slot stays: a true/false ``freeze``, and ``init_lr``. A mapping with
+    new one; only what belongs to its slot stays: a true/false ``freeze``, and ``init_lr``. With another ``path``
+    the ``revision`` goes, which belonged to the old one. A mapping with
     the keys "0", "1", ... over a list changes these items (options such as ``stages.0.run.seed=1``).
     """
     merging = _Merging(base, top)
@@ -71,9 +72,11 @@ class _Merging:
 
     def _start_afresh(self, old: dict[str, Any], new: dict[str, Any], path: KeyPath, shape: PartNode) -> Any:
         if new.get("name") is None or new["name"] == name_of(old, shape):
-            return old
-        slot = [key for key in part_settings(shape.kind) if key != "weights"]
-        kept = {key: old[key] for key in slot if key in old and not isinstance(old[key], list)}
+            stale = {"revision"} if new.get("path", old.get("path")) != old.get("path") else set()
+            kept = {key: value for key, value in old.items() if key not in stale}
+        else:
+            slot = [key for key in part_settings(shape.kind) if key != "weights"]
+            kept = {key: old[key] for key in slot if key in old and not isinstance(old[key], list)}
         for key in [k for k in self.marks if k[: len(path)] == path and len(k) > len(path)]:
             if key[len(path)] not in kept:
                 del self.marks[key]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.text import Text
 
-from minivlm.api import assemble, resolve_device
+from minivlm.api import assemble, lacks_checkpoint, resolve_device
 from minivlm.checkpoints.native import find_model_folder
 from minivlm.config.experiment import Experiment, ModelConfig, StageConfig
 from minivlm.datasets.feature_cache import FeatureCacheError
-from minivlm.models.vlm import PARTS, VisionLanguageModel
-from minivlm.paths import is_weight_file
+from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
 from minivlm.runners.engines import make_engine
 from minivlm.runners.experiment import Splits, is_main_process
@@ -55,9 +53,9 @@ def build_caches(experiment: Experiment, console: Console) -> None:
 def _assemble(stage: StageConfig, console: Console) -> tuple[VisionLanguageModel, VLMProcessor, ModelConfig]:
     """What the features need of a stage's model: no language model, nor a checkpoint that does not change them."""
     config = stage.model
-    path = config.checkpoint
-    if not path or is_weight_file(path) or Path(path).exists() or not all(getattr(config, part) for part in PARTS):
+    if not lacks_checkpoint(config):
         return assemble(config, features_only=True)
+    path = str(config.checkpoint)
     found = assemble(replace(config, checkpoint=None), features_only=True)
     if not _has_bases(found[0]):
         find_model_folder(path)  # raises: it is missing, and needed

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from minivlm.api import assemble, resolve_device
+from minivlm.api import assemble_shapes, resolve_device
 from minivlm.config.experiment import Experiment, StageConfig, to_container
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.doctor import render_mask
@@ -38,7 +38,7 @@ def dry_run(experiment: Experiment, console: Console) -> bool:
         console.print(OmegaConf.to_yaml(OmegaConf.create(container)), highlight=False, markup=False)
         if number and stage.model.checkpoint is None:
             console.print(f"starts from the model of stage {experiment.stages[number - 1].name}")
-        model, processor, stage.model = assemble(stage.model, meta=True)
+        model, processor, stage.model = assemble_shapes(stage.model)
         console.print(_parts(part_table(model, stage.model, stage.run.init_lr)))
         if stage.run.evaluate:
             fine &= _show_evaluation(stage, processor, console)

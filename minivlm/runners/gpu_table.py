@@ -82,14 +82,17 @@ def ways(stage: StageConfig, model: VisionLanguageModel, precision: str, length:
 
 
 def gpu_table(stage: StageConfig, model: VisionLanguageModel, precision: str, length: int) -> Table:
-    """The three ways: bytes by use, the smallest card that takes one sample, and what each card takes."""
-    cards = [f"{card} GB" for card in CARDS]
-    title = "which GPUs fit, estimated: right, the largest micro batch"
-    table = Table("tuning", "weights", "gradients", "optimiser", "activations", "total", "fits", *cards, title=title)
-    for way in ways(stage, model, precision, length):
-        sizes = [readable_size(size) for size in (*way.uses.values(), way.total)]
-        fits = f"{way.smallest_card} GB" if way.smallest_card else "more than one card"
-        table.add_row(way.name, *sizes, fits, *(str(way.largest_micro_batch(card) or "-") for card in CARDS))
+    """A column for each way: bytes by use, the smallest card that takes one sample, and what each card takes."""
+    found = list(ways(stage, model, precision, length))
+    table = Table("", *(way.name for way in found), title="which GPUs fit, estimated")
+    for use in found[0].uses:
+        table.add_row(use, *(readable_size(way.uses[use]) for way in found))
+    table.add_row("total", *(readable_size(way.total) for way in found), end_section=True)
+    smallest = (way.smallest_card for way in found)
+    table.add_row("fits", *(f"{card} GB" if card else "more than one card" for card in smallest), end_section=True)
+    for card in CARDS:
+        largest = (way.largest_micro_batch(card) for way in found)
+        table.add_row(f"largest micro batch, {card} GB", *(str(size or "-") for size in largest))
     lora = (stage.model.language_model and stage.model.language_model.lora) or LoraSettings()
     checkpointing = stage.model.language_model and stage.model.language_model.config.gradient_checkpointing
     table.caption = (

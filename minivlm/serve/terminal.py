@@ -31,13 +31,14 @@ def run_terminal(
     demo: DemoConfig,
     *,
     input: Callable[[str], str] = builtins.input,
-    output: TextIO = sys.stdout,
+    output: TextIO | None = None,
 ) -> None:
     """Read questions and commands until the end of the input, and write answers as they come.
 
     ``input`` is called with the prompt, as Python's own; EOFError and KeyboardInterrupt end the conversation.
+    ``output`` is standard output by default.
     """
-    session = _Terminal(chat, output)
+    session = _Terminal(chat, output or sys.stdout)
     session.say(f"{demo.title}\n{HELP}")
     if demo.examples:
         session.say("  for example: " + " | ".join(demo.examples))

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from minivlm.api import assemble
+from minivlm.api import assemble_shapes
 from minivlm.config.experiment import Experiment, StageConfig
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.doctor import check_dataset, print_report, render_mask
@@ -32,7 +32,7 @@ def check_experiment(experiment: Experiment, console: Console, limit: int) -> bo
 
 
 def _check_stage(stage: StageConfig, console: Console, limit: int) -> bool:
-    _, processor, _ = assemble(stage.model, meta=True)
+    _, processor, _ = assemble_shapes(stage.model)
     run = stage.run
     wanted = [*run.train_splits, *run.valid_splits, *run.test_splits]
     fine = True
