@@ -117,7 +117,8 @@ def assemble_own(
     start = config.checkpoint
     model, processor, config = assemble(config)
     for part in PARTS:
-        if start and getattr(config, part).weights == start:
+        weights = getattr(config, part).weights
+        if start and weights and Path(weights) == Path(start):
             getattr(model, part).source = None
     return model, processor, config
 
