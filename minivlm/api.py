@@ -149,9 +149,11 @@ def assemble(
     the model holds no weights (for counting and dry runs), and nothing is fetched; with ``features_only`` its
     language model may have none (to fill a feature cache).
     """
-    folder = None
+    folder, note = None, None
     if config.checkpoint and is_llava_folder(Path(config.checkpoint)):
-        described = parse_model(describe(Path(config.checkpoint)), config.checkpoint)
+        own = [part for part in PARTS if (node := getattr(config, part)) and _names_base(node)]
+        described = parse_model(describe(Path(config.checkpoint), own), config.checkpoint)
+        note = _not_taken(config, described)
         config.checkpoint = described.checkpoint
         config = _fill(config, described)
     elif config.checkpoint and not is_weight_file(config.checkpoint):
@@ -170,7 +172,7 @@ def assemble(
     if not tokenizer_path:
         raise ModelError(
             "model.language_model.path: give the folder or hub id of the language model "
-            "(a model from scratch, by `config`, needs `tokenizer` instead)"
+            "(a model from scratch, by `config`, needs `tokenizer` instead, and so does a checkpoint without one)"
         )
     tokenizer = load_tokenizer(
         tokenizer_path, getattr(language, "revision", None), getattr(language, "special_tokens", None)
@@ -185,8 +187,8 @@ def assemble(
         if config.checkpoint:
             load_checkpoint(model, config, folder)
         if os.environ.get("RANK", "0") == "0":
-            for report in model.load_reports:
-                print(report.summary, file=sys.stderr, flush=True)
+            for line in (*(report.summary for report in model.load_reports), *([note] if note else [])):
+                print(line, file=sys.stderr, flush=True)
     return model, build_processor(config, model, tokenizer), config
 
 
@@ -266,6 +268,21 @@ def _names_base(part: ModelPart) -> bool:
     return bool(part.weights) or any(getattr(part.config, key, None) for key in _BASE)
 
 
+def _has_weights(part: ModelPart) -> bool:
+    """Whether it says where its weights come from; ``config`` alone tells only what they belong to."""
+    return bool(part.weights) or any(getattr(part.config, key, None) for key in ("path", "pretrained"))
+
+
+def _not_taken(config: ModelConfig, described: ModelConfig) -> str | None:
+    """What a whole model holds in vain, as the section has other weights for those parts."""
+    held = {part for part in PARTS if getattr(described, part).weights}
+    vain = [part for part in PARTS if part in held and (own := getattr(config, part)) and _has_weights(own)]
+    if not vain:
+        return None
+    keys = ", ".join(f"model.{part}" for part in vain)
+    return f"NOTE: of {config.checkpoint} {' and '.join(vain)} is not taken, since {keys} names other weights"
+
+
 def _is_open(given: ModelPart | None, saved: ModelPart | None) -> bool:
     """Whether a node leaves to the checkpoint what the part is built of."""
     if given is None or saved is None:
@@ -284,7 +301,7 @@ def _fill_part(given: ModelPart | None, saved: ModelPart) -> ModelPart:
     if given.name != saved.name:
         return given
     given.lora = given.lora or saved.lora
-    given.weights = given.weights if _names_base(given) else saved.weights
+    given.weights = given.weights if _has_weights(given) else saved.weights
     if _is_open(given, saved):  # what is left out means as in the checkpoint
         for item in dataclasses.fields(given.config):
             if getattr(given.config, item.name) == item.default:

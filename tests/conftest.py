@@ -114,4 +114,7 @@ def minigpt4_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "filter_cap.json").write_text(json.dumps({"annotations": captions}))
     for kind, record in RECORDS.items():
         (folder / f"{kind}.json").write_text(json.dumps([record] * 4))
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A boat."}]
+    records = [{"id": str(n), "image": f"{n}.png", "conversations": turns} for n in range(4)]
+    (folder / "llava.json").write_text(json.dumps(records))
     return folder

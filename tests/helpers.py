@@ -147,6 +147,27 @@ def minigpt4_options(file: Path, data: Path) -> list[str]:
     return [*options, "run.batch_size_train=2"]
 
 
+def imp_options(file: Path, data: Path) -> list[str]:
+    """What a shipped file of Imp or LLaVA-1.5 needs beside its user's data, at the sizes of the golden set."""
+    golden = GOLDEN.parent / "imp"
+    if file.name.startswith("llava"):
+        return [f"model.checkpoint={data}"]
+    if not file.name.startswith("imp"):
+        return []
+    sizes = ["run.batch_size_train=2", "run.global_batch_size=4", "run.num_workers=0"]
+    if file.parent.name == "eval_configs":
+        return []
+    if "custom" in file.name:
+        records = [f"datasets.custom.annotations={data}/llava.json", f"datasets.custom.images={data}"]
+        return [*sizes, f"model.checkpoint={golden / 'v15' / 'merged'}", *records]
+    name = "blip_laion_cc_sbu_558k" if "stage1" in file.name else "llava_v1_5_mix665k"
+    records = [f"datasets.{name}.annotations={data}/llava.json", f"datasets.{name}.images={data}"]
+    records.append(f"datasets.{name}.layout=null")
+    bases = [f"model.vision_encoder.path={golden / 'siglip-tiny'}"]
+    bases += [f"model.language_model.path={golden / 'v15'}", f"model.language_model.tokenizer={golden / 'tokenizer'}"]
+    return [*sizes, *bases, "model.checkpoint=null", *records]
+
+
 def make_lavis_python(folder: Path, versions: dict[str, str | None] | None = None) -> str:
     """An interpreter whose packages are ``tests/fake_lavis`` and, by their metadata, those that LAVIS needs."""
     named = {"salesforce-lavis": "1.0.2", "transformers": "4.26.1", "timm": "0.4.12", "fairscale": "0.4.4"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, minigpt4_options, tiny_model
+from helpers import ROOT, imp_options, minigpt4_options, tiny_model
 from PIL import Image
 
 from minivlm import builtins, cli, registry
@@ -213,7 +213,7 @@ def test_there_are_files_of_both_uses() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_every_shipped_file_passes_the_schema(file: Path, minigpt4_data: Path) -> None:
-    experiment = load_config(file, minigpt4_options(file, minigpt4_data))
+    experiment = load_config(file, [*minigpt4_options(file, minigpt4_data), *imp_options(file, minigpt4_data)])
     assert experiment.stages and not experiment.notes, "no key of an old system"
     assert file.read_text().startswith("#"), "a file says in its first line what it is for"
     for stage in experiment.stages:
@@ -240,7 +240,12 @@ def test_every_training_file_passes_a_dry_run(
 ) -> None:
     """Nothing is written, and the data can be read."""
     monkeypatch.chdir(tmp_path)
-    options = ["run.max_steps=2", "run.device=cpu", *minigpt4_options(file, minigpt4_data)]
+    options = [
+        "run.max_steps=2",
+        "run.device=cpu",
+        *minigpt4_options(file, minigpt4_data),
+        *imp_options(file, minigpt4_data),
+    ]
     code = cli.train(["--cfg-path", str(file), "--dry-run", "--options", *options])
     shown = capsys.readouterr().out
     assert code == 0, shown

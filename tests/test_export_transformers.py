@@ -190,7 +190,7 @@ def test_pixels(resize: str, interpolation: str) -> None:
     """The same, but where Pillow before 13 has another order of passes than ours: then by some of 255 levels."""
     settings = ImageConfig(size=32, resize=resize, interpolation=interpolation, mean=[0.5, 0.4, 0.3], std=[0.5] * 3)
     ours = ImageTransform(settings, {})
-    theirs = LlavaImageProcessorPil(**to_transformers._picture_settings(ours))
+    theirs = LlavaImageProcessorPil(**to_transformers.picture_settings_of(ours))
     pillow = int(PIL.__version__.split(".")[0])
     for name in ("wide", "tall", "square", "small", "gray", "palette"):
         picture = open_image(golden_image(name))

@@ -328,10 +328,11 @@ def test_adapters_start_from_a_checkpoint_without_any(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), logits(before))
 
 
-def test_a_checkpoint_with_adapters_wants_them(tmp_path: Path) -> None:
-    save(tmp_path / "model", section({"r": 2}))
-    with pytest.raises(ModelError, match=r"with LoRA: set model\.language_model\.lora as there, or .*minivlm merge"):
-        build(section() | {"checkpoint": str(tmp_path / "model")})
+def test_a_checkpoint_with_adapters_brings_them(tmp_path: Path) -> None:
+    saved = save(tmp_path / "model", section({"r": 2}))
+    model, _, _ = build(section() | {"checkpoint": str(tmp_path / "model")})
+    assert model.language_model.lora is not None and model.language_model.lora.r == 2
+    torch.testing.assert_close(logits(model), logits(saved))
     with pytest.raises(ModelError, match=r"wrong shape +2[56] "):
         build(section({"r": 3}) | {"checkpoint": str(tmp_path / "model")})
 

@@ -117,9 +117,9 @@ def folder_files(folder: Path) -> list[Path]:
     """The files of weights of a folder: a whole model, LoRA adapters and what trained beside them, a projector."""
     if (folder / ADAPTER).is_file():
         names = ("adapter_model.safetensors", "adapter_model.bin")
-        adapter = next((folder / name for name in names if (folder / name).is_file()), None)
+        adapter = [folder / name for name in names if (folder / name).is_file()][:1]
         beside = folder / "non_lora_trainables.bin"
-        return [file for file in (adapter, beside) if file and file.is_file()]
+        return [*adapter, beside] if adapter and beside.is_file() else adapter
     projector = folder / "mm_projector.bin"
     return weight_files(folder) or ([projector] if projector.is_file() else [])
 
@@ -129,19 +129,18 @@ def is_llava_folder(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False
     settings = read_json("model.checkpoint", folder / "config.json")
-    in_transformers = settings.get("model_type") == "llava" and "text_config" in settings
+    in_transformers = settings.get("model_type") == "llava" and isinstance(settings.get("text_config"), dict)
     return in_transformers or "mm_vision_tower" in settings or "mm_projector_type" in settings
 
 
 def _read_folder(key: str, folder: Path, shapes_only: bool) -> WeightFile:
     """The tensors of all files, and under ``extra`` what ``config.json`` and ``adapter_config.json`` say."""
     files = folder_files(folder)
-    if not files:
-        raise CheckpointError(
-            f"{key}: {folder} holds no weights (model*.safetensors, pytorch_model*.bin, adapter_model.*, "
-            "mm_projector.bin)"
-        )
     _check_shards(key, folder, files)
+    if not files:
+        wanted = "model*.safetensors, pytorch_model*.bin, mm_projector.bin"
+        wanted = "adapter_model.*" if (folder / ADAPTER).is_file() else wanted
+        raise CheckpointError(f"{key}: {folder} holds no weights ({wanted})")
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= read_weights(key, str(file), shapes_only=shapes_only).tensors
@@ -152,9 +151,12 @@ def _read_folder(key: str, folder: Path, shapes_only: bool) -> WeightFile:
 def _check_shards(key: str, folder: Path, files: Sequence[Path]) -> None:
     """Refuse a folder whose index names files that are not there."""
     for index in folder.glob("*.index.json"):
-        named = set((read_json(key, index).get("weight_map") or {}).values())
+        places = read_json(key, index).get("weight_map")
+        if not isinstance(places, dict):
+            raise CheckpointError(f"{key}: {index} holds no weight_map, which says where every tensor is")
+        named = {str(place) for place in places.values()}
         lost = sorted(named - {file.name for file in folder.iterdir()})
-        if lost and any(file.name in named for file in files):
+        if lost and (not files or any(file.name in named for file in files)):
             raise CheckpointError(f"{key}: {folder} lacks {', '.join(lost[:3])}, which {index.name} names")
 
 

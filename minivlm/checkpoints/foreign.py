@@ -1,7 +1,8 @@
 """Foreign formats as tables: what their tensors are called here, which of them count, and what sizes they tell.
 
-In a pattern ``#`` stands for a number and ``*`` for one or more characters of any kind. A format is a table
-(see :mod:`minivlm.checkpoints.minigpt4`); everything that is done with one is done here.
+In a pattern ``#`` stands for a number and ``*`` for one or more characters of any kind; ``**`` is anything or
+nothing, which does not matter. A format is a table (see :mod:`minivlm.checkpoints.minigpt4`); everything that is done
+with one is done here.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ def _leave_others(given: Translation, part: str) -> None:
 
 def _may_lack(form: Format, name: str, part: str) -> bool:
     """Whether a tensor that is wanted need not be in the file: a base knows no adapters and leaves initial values."""
-    return bool(part) and (is_adapter(name) or any(matches(pattern, name) for pattern in form.initial))
+    return bool(part or form.base) and (is_adapter(name) or any(matches(pattern, name) for pattern in form.initial))
 
 
 def measure(size: Size, tensors: Mapping[str, Any]) -> int | None:
@@ -234,7 +235,8 @@ def matches(pattern: str, name: str) -> bool:
 
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(r"\#", r"(\d+)").replace(r"\*", r"(.+)"))
+    escaped = re.escape(pattern).replace(r"\*\*", ".*")
+    return re.compile(escaped.replace(r"\#", r"(\d+)").replace(r"\*", r"(.+)"))
 
 
 def _apply(form: Format, name: str) -> tuple[Rule | None, list[str]]:

@@ -41,15 +41,15 @@ def inspect_path(path: str) -> list[Row]:
     folder = Path(path)
     if not folder.is_dir():
         return _file(path)
-    if is_llava_folder(folder):
+    if is_llava_folder(folder) and folder_files(folder):
         return _llava_folder(folder)
-    if (folder / "config.json").is_file():
-        return _hugging_face(folder)
     if (folder / "adapter_config.json").is_file():
         adapter = read_json(_KEY, folder / "adapter_config.json")
         rank, targets = adapter.get("r"), adapter.get("target_modules")
         rows = [("holds", "LoRA adapters of peft, which are not read on their own"), ("rank", str(rank))]
         return [*rows, ("on", _words(targets)), ("base", str(adapter.get("base_model_name_or_path")))]
+    if (folder / "config.json").is_file():
+        return _hugging_face(folder)
     return _model_folder(find_model_folder(folder))
 
 

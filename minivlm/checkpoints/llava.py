@@ -14,7 +14,7 @@ from typing import Any
 from minivlm.checkpoints.files import WeightFile
 from minivlm.checkpoints.foreign import Format, Row, Rule, Size, prefixed
 from minivlm.models.lora import other_alpha
-from minivlm.models.vlm import VisionLanguageModel
+from minivlm.models.vlm import PARTS, VisionLanguageModel
 
 _LM = "language_model.model."
 _BUFFER = "buffers, which are computed anew"
@@ -133,6 +133,7 @@ def _whole(name: str, signature: tuple[str, ...], rules: tuple[Rule, ...]) -> Fo
         signature,
         rules,
         always=(),
+        together=tuple(f"{part}.*" for part in PARTS),
         initial=_UNUSED_NORM,
         sizes=(*_MODEL_SIZES, *_VISION_SIZES),
         base=True,
@@ -160,13 +161,8 @@ LLAVA_LORA = _lora("LoRA in LLaVA's layout", _PEFT + "*lora_A.*", _LLAVA_LORA)
 PROJECTOR = Format(
     "a projector of LLaVA's first stage",
     "model.connector.weights",
-    ("*mm_projector.*",),
-    # Whatever stands in front: it is `model.`, `transformer.` or nothing.
-    tuple(
-        rule
-        for prefix in ("model.", "transformer.", "base_model.model.model.", "base_model.model.transformer.", "")
-        for rule in prefixed(prefix, _PROJECTOR)
-    ),
+    ("**mm_projector.*",),
+    prefixed("**", _PROJECTOR),
     always=("connector.*",),
     sizes=_VISION_SIZES,
 )

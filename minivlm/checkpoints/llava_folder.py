@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from minivlm.checkpoints.files import (
     ADAPTER,
     WeightFile,
-    folder_files,
     is_llava_folder,
     read_json,
     read_weights,
@@ -25,6 +27,7 @@ from minivlm.checkpoints.llava_hf import describe_config
 from minivlm.checkpoints.loading import identify
 from minivlm.checkpoints.report import CheckpointError
 from minivlm.models.hub import weight_files
+from minivlm.models.vision.hf import picture_settings
 
 _KEY = "model.checkpoint"
 _PREFIXES = ("imp", "llava", "mgm", "mini_gemini", "tiny_llava")
@@ -43,39 +46,73 @@ _OLD_PHI = {
     "layer_norm_epsilon": "layer_norm_eps",
     "activation_function": "hidden_act",
 }
-_HEADS = {768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1664: 16}
-"""Heads of CLIP and SigLIP by their width, which no shape tells."""
+_TOWERS = {768: (12, 12), 1024: (16, 24), 1152: (16, 27)}
+"""Heads and layers of CLIP and SigLIP by their width, which no shape tells; wider ones differ in their activation."""
+_SIDES = {27: 384}
+"""Pixels of a side by its patches where they are no multiple: SigLIP-so400m/14 cuts off a rim."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_DTYPES = {"float16": "fp16", "bfloat16": "bf16"}
+_NO_SIZES = {
+    *("model_type", "transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path"),
+    "use_cache",  # LLaVA writes false, with which it has trained
+}
+_MAY_BE_NULL = {"sliding_window", "pad_token_id"}
+"""Settings of language models whose null differs from what transformers takes when they are left out."""
+_HELD = ".vision_tower.vision_tower.vision_model."
+_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_KINDS: dict[type, str] = {str: "a text", int: "a whole number"}
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path, own: Container[str] = ()) -> dict[str, Any]:
     """Section ``model`` of a folder.
 
     A whole model is named as ``weights`` of the parts it holds; adapters and a projector stay the ``checkpoint``,
-    and want the language model that they were trained on. Raises :class:`CheckpointError` for what is not known.
+    and want the language model that they were trained on. What ``config.json`` says of the parts in ``own`` does
+    not count, since they are described elsewhere. Raises :class:`CheckpointError` for what is not known.
     """
     settings = read_json(_KEY, folder / "config.json")
-    file = read_weights(_KEY, str(folder), shapes_only=True) if folder_files(folder) else None
-    form = identify(_KEY, file) if file else None
-    if file is None or form is None:
+    file = read_weights(_KEY, str(folder), shapes_only=True)
+    form = identify(_KEY, file)
+    if form is None:
         raise CheckpointError(f"{_KEY}: {folder} holds no weights of LLaVA's layout beside its config.json")
     if "text_config" in settings:
         return _of_transformers(folder, settings)
-    is_whole = form.base
-    language = _language_model(folder, settings, file) if is_whole else _base(folder, settings)
-    kind = language_type(settings)
-    section: dict[str, Any] = {
-        "vision_encoder": _vision_encoder(folder, settings, file),
-        "connector": _connector(settings),
+    whole = str(folder) if form.base else None
+    try:
+        kind = language_type(settings)
+    except CheckpointError:
+        if "language_model" not in own:
+            raise
+        kind = ""
+    if not whole:
+        language = _base(folder, settings)
+    elif "language_model" in own:
+        language = {"name": "hf", "weights": whole}
+    else:
+        language = _language_model(folder, settings, file)
+    tower, held = _tower(folder, settings), {n: t for n, t in file.tensors.items() if _HELD in n}
+    siglip = not any("class_embedding" in name for name in held) if held else "siglip" in tower.lower()
+    if "vision_encoder" in own:
+        encoder: dict[str, Any] = {"name": "hf", "weights": whole if held else None}
+    else:
+        encoder = _vision_encoder(folder, settings, tower, held, siglip)
+    return {
+        "vision_encoder": encoder,
+        "connector": {**_connector(settings), "weights": whole},
         "language_model": language,
         "template": _TEMPLATES.get(kind, "vicuna_v1"),  # Imp's own `phi2` has the same strings
-        "processor": _processor(settings),
-        "checkpoint": None if is_whole else str(folder),
+        "processor": _processor(settings, Path(tower), siglip),
+        "checkpoint": None if whole else str(folder),
     }
-    if is_whole:
-        section["connector"]["weights"] = str(folder)
-    return section
+
+
+def _get(settings: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """A value of ``config.json``; what is null counts as left out."""
+    value = settings.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise CheckpointError(f"{_KEY}: config.json has {key} {value!r}, wanted is {_KINDS[kind]}")
+    return value
 
 
 def _of_transformers(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,30 +156,29 @@ def language_type(settings: Mapping[str, Any]) -> str:
     """
     from transformers import CONFIG_MAPPING
 
-    own = str(settings.get("model_type", ""))
+    own = _get(settings, "model_type", str, "")
     rest = re.sub(rf"^({'|'.join(_PREFIXES)})[_-]?", "", own)
     found = "phi" if own == "imp" else _FAMILIES.get(rest, rest)
     if found not in CONFIG_MAPPING:
         raise CheckpointError(
             f"{_KEY}: config.json has the model_type '{own}', whose language model is not known; describe it under "
-            "model.language_model.config, with its model_type"
+            "model.language_model.config, with its model_type, or write that there, as llava_qwen2"
         )
     return found
 
 
 def _language_model(folder: Path, settings: Mapping[str, Any], file: WeightFile) -> dict[str, Any]:
     config = _language_config(settings)
-    rows = [t.shape[0] for name, t in file.tensors.items() if name.endswith(("embed_tokens.weight", "wte.weight"))]
-    if rows:
-        config["vocab_size"] = rows[0]  # the first layout of Phi-2 rounds it up
+    table = next((t for n, t in file.tensors.items() if n.endswith(("embed_tokens.weight", "wte.weight"))), None)
+    if table is not None and table.dim():
+        config["vocab_size"] = table.shape[0]  # the first layout of Phi-2 rounds it up
     node: dict[str, Any] = {"name": "hf", "config": config, "weights": str(folder)}
     if _has_tokenizer(folder):
         node["tokenizer"] = str(folder)
     if settings.get("model_type") in _SPECIAL:
         node["special_tokens"] = dict(_SPECIAL[settings["model_type"]])
-    stored = {str(t.dtype).removeprefix("torch.") for n, t in file.tensors.items() if n.endswith("layernorm.weight")}
-    if len(stored) == 1 and (dtype := _DTYPES.get(stored.pop())):
-        node["dtype"] = dtype
+    if table is not None and table.dtype in _DTYPES:
+        node["dtype"] = _DTYPES[table.dtype]
     return node
 
 
@@ -151,20 +187,27 @@ def _language_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     kind = language_type(settings)
-    given = {**settings}
-    for old, new in _OLD_PHI.items():
-        if given.get(old) is not None:
-            given.setdefault(new, given[old])
-    if "n_embd" in given:  # Phi-2 in its first layout
-        given.setdefault("intermediate_size", 4 * given["hidden_size"])
-        head = given["hidden_size"] // given["num_attention_heads"]
-        given.setdefault("partial_rotary_factor", given.get("rotary_dim", 32) / head)
-        given.setdefault("tie_word_embeddings", False)
-        given["vocab_size"] = 64 * math.ceil(given["vocab_size"] / 64)
+    given = {**settings, **(_first_phi(settings) if "n_embd" in settings else {})}
     known = {*CONFIG_MAPPING[kind]().to_dict(), "rope_theta", "rope_scaling", "partial_rotary_factor"}
-    left_out = {"model_type", "transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path"}
-    kept = {key: value for key, value in given.items() if key in known - left_out and value is not None}
+    kept = {k: v for k, v in given.items() if k in known - _NO_SIZES and (v is not None or k in _MAY_BE_NULL)}
+    try:
+        CONFIG_MAPPING[kind](**kept)
+    except Exception as error:  # its strict classes raise errors of many kinds
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"{_KEY}: config.json does not describe a language model: {text}") from error
     return {"model_type": kind, **kept}
+
+
+def _first_phi(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of Phi-2 in its first layout by the names of today."""
+    given = {new: settings.get(new, settings.get(old)) for old, new in _OLD_PHI.items()}
+    width, heads = _get(given, "hidden_size", int), _get(given, "num_attention_heads", int)
+    rows, rotated = _get(settings, "vocab_size", int), _get(settings, "rotary_dim", int, 32)
+    if not width or not heads or not rows:
+        raise CheckpointError(f"{_KEY}: config.json lacks one of n_embd, n_head and vocab_size")
+    given["intermediate_size"] = given["intermediate_size"] or 4 * width
+    given["partial_rotary_factor"] = rotated * heads / width
+    return {**given, "vocab_size": 64 * math.ceil(rows / 64)}
 
 
 def _base(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,55 +236,64 @@ def _lora(adapter: Mapping[str, Any]) -> dict[str, Any]:
     return {**lora, "target_modules": named} | ({"shared_a": [ours["Wqkv"]]} if is_fused else {})
 
 
-def _vision_encoder(folder: Path, settings: Mapping[str, Any], file: WeightFile) -> dict[str, Any]:
-    """The tower: from the file if it is in there, else from where ``mm_vision_tower`` points."""
-    tower = str(settings.get("mm_vision_tower") or settings.get("vision_tower") or "")
+def _tower(folder: Path, settings: Mapping[str, Any]) -> str:
+    """Where ``mm_vision_tower`` points: a folder beside the files or above them, else as it is; empty without one."""
+    tower = _get(settings, "mm_vision_tower", str) or _get(settings, "vision_tower", str, "")
     local = next((p for p in (folder, *folder.resolve().parents[:3]) if tower and (p / tower).is_dir()), None)
-    path = str(local / tower) if local else tower
-    held = {n: t for n, t in file.tensors.items() if ".vision_tower.vision_tower.vision_model." in n}
-    layer = settings.get("mm_vision_select_layer", -2)
-    keeps = settings.get("mm_vision_select_feature", "patch") != "patch"
-    node: dict[str, Any] = {"name": "hf", "layer": layer, "freeze": True}
-    node["class_token"] = "keep" if keeps and not _is_siglip(tower, held) else "drop"
-    if not held:
-        return {**node, "path": path}
-    return {**node, "config": _tower_config(path, held, layer), "weights": str(folder)}
+    return str(local / tower) if local else tower
 
 
-def _is_siglip(tower: str, held: Mapping[str, Any]) -> bool:
+def _vision_encoder(
+    folder: Path, settings: Mapping[str, Any], tower: str, held: Mapping[str, Tensor], siglip: bool
+) -> dict[str, Any]:
+    """The tower: from the file if it is in there (``held``), else from where ``mm_vision_tower`` points."""
+    layer = _get(settings, "mm_vision_select_layer", int, -2)
+    keeps = _get(settings, "mm_vision_select_feature", str, "patch") != "patch"
+    node = {"name": "hf", "layer": layer, "freeze": True, "class_token": "keep" if keeps and not siglip else "drop"}
     if held:
-        return not any("class_embedding" in name for name in held)
-    return "siglip" in tower.lower()
+        return {**node, "config": _tower_config(tower, held, layer, siglip), "weights": str(folder)}
+    if not tower:
+        raise CheckpointError(
+            f"{_KEY}: {folder} holds no vision encoder, and its config.json names none (mm_vision_tower); name it as "
+            "model.vision_encoder.path"
+        )
+    return {**node, "path": tower}
 
 
-def _tower_config(path: str, held: Mapping[str, Any], layer: int) -> dict[str, Any]:
+def _tower_config(tower: str, held: Mapping[str, Tensor], layer: int, siglip: bool) -> dict[str, Any]:
     """The tower's own config.json if it is at hand, else what the shapes tell."""
-    file = Path(path) / "config.json"
+    file = Path(tower) / "config.json"
     if file.is_file():
         whole = read_json(_KEY, file)
-        inner = {**(whole.get("vision_config") or whole)}
+        inner = whole.get("vision_config") or whole
+        if not isinstance(inner, dict):
+            raise CheckpointError(f"{_KEY}: {file} does not describe a vision encoder")
         kind = str(whole.get("model_type", "")).removesuffix("_vision_model")
-        left_out = ("architectures", "torch_dtype", "dtype", "transformers_version")
-        kept = {key: value for key, value in inner.items() if key not in left_out}
+        kept = {key: value for key, value in inner.items() if key not in _NO_SIZES}
         return {**kept, "model_type": f"{kind}_vision_model"}
-    shapes = {name.split(".vision_model.")[1]: tuple(tensor.shape) for name, tensor in held.items()}
-    width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
-    siglip = "embeddings.class_embedding" not in shapes
-    positions = shapes["embeddings.position_embedding.weight"][0] - (not siglip)
-    layers = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"encoder\.layers\.(\d+)\.", name)))
-    if width not in _HEADS:
+    shapes = {name.split(_HELD)[1]: tuple(tensor.shape) for name, tensor in held.items()}
+    try:
+        width, _, patch, _ = shapes["embeddings.patch_embedding.weight"]
+        rows = math.isqrt(shapes["embeddings.position_embedding.weight"][0])  # a class token does not change it
+        inside = shapes["encoder.layers.0.mlp.fc1.weight"][0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{_KEY}: the vision encoder in the file lacks its embeddings or all layers") from error
+    if width not in _TOWERS:
         raise CheckpointError(
-            f"{_KEY}: there is no folder '{path}' (mm_vision_tower), which tells how many heads the vision encoder "
-            f"of width {width} has; describe it under model.vision_encoder.config"
+            f"{_KEY}: there is no folder '{tower}' (mm_vision_tower), which tells how many heads the vision encoder "
+            f"of width {width} has: put its config.json there, or describe it under model.vision_encoder (config and "
+            "layer)"
         )
+    heads, depth = _TOWERS[width]
+    layers = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"encoder\.layers\.(\d+)\.", name)))
     return {
         "model_type": "siglip_vision_model" if siglip else "clip_vision_model",
         "hidden_size": width,
-        "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
+        "intermediate_size": inside,
         # the file may hold no more layers than are used
-        "num_hidden_layers": layers - 1 - layer if layer < 0 and siglip else layers,
-        "num_attention_heads": _HEADS[width],
-        "image_size": round(positions**0.5) * patch,
+        "num_hidden_layers": layers - 1 - layer if layer < 0 and layers < depth else layers,
+        "num_attention_heads": heads,
+        "image_size": _SIDES.get(rows, rows * patch),
         "patch_size": patch,
         "hidden_act": "gelu_pytorch_tanh" if siglip else "quick_gelu",
         "layer_norm_eps": 1e-6 if siglip else 1e-5,
@@ -249,19 +301,27 @@ def _tower_config(path: str, held: Mapping[str, Any], layer: int) -> dict[str, A
 
 
 def _connector(settings: Mapping[str, Any]) -> dict[str, Any]:
-    kind = str(settings.get("mm_projector_type") or "linear")
-    mlp = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+    kind = _get(settings, "mm_projector_type", str) or "linear"
+    mlp = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
     if kind != "linear" and not mlp:
         raise CheckpointError(
-            f"{_KEY}: the projector '{kind}' is not known (linear, mlpNx_gelu); describe it under model.connector"
+            f"{_KEY}: the projector '{kind}' is not known (linear, mlpNx_gelu); the other parts can be taken by "
+            "themselves, as model.language_model.path"
         )
     return {"name": "mlp", "depth": int(mlp[1])} if mlp else {"name": "linear"}
 
 
-def _processor(settings: Mapping[str, Any]) -> dict[str, Any]:
-    resize = {"square": "squash", "pad": "pad", "crop": "crop"}.get(str(settings.get("image_aspect_ratio")))
-    node: dict[str, Any] = {"name": "vlm", "image": {"name": "image"}}
-    if resize:
-        node["image"]["resize"] = resize
-    longest = settings.get("tokenizer_model_max_length")
-    return {**node, "max_length": longest} if isinstance(longest, int) and longest > 0 else node
+def _processor(settings: Mapping[str, Any], tower: Path, siglip: bool) -> dict[str, Any]:
+    """How pictures are prepared: ``square`` is what the tower's own processor does."""
+    aspect = _get(settings, "image_aspect_ratio", str) or "square"
+    if aspect not in ("square", "pad", "crop"):
+        raise CheckpointError(
+            f"{_KEY}: config.json has image_aspect_ratio '{aspect}'; square, pad and crop are known here"
+        )
+    image: dict[str, Any] = {"name": "image", "resize": "squash" if siglip else "shortest_edge"}
+    if (tower / "preprocessor_config.json").is_file():
+        image |= picture_settings(read_json(_KEY, tower / "preprocessor_config.json"))
+    if aspect != "square":
+        image["resize"] = aspect
+    longest = _get(settings, "tokenizer_model_max_length", int, 0)
+    return {"name": "vlm", "image": image, **({"max_length": longest} if longest > 0 else {})}

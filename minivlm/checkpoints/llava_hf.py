@@ -12,7 +12,7 @@ from typing import Any
 from minivlm.checkpoints.files import WeightFile
 from minivlm.checkpoints.foreign import Format, Rule, Size
 from minivlm.checkpoints.report import CheckpointError
-from minivlm.models.vlm import VisionLanguageModel
+from minivlm.models.vlm import PARTS, VisionLanguageModel
 
 _BUFFER = "buffers, which are computed anew"
 _UNUSED = "of layers behind the one that is used"
@@ -75,6 +75,7 @@ LLAVA_HF = Format(
     ("*_projector.linear_1.weight", "*_projector.linear_2.weight"),
     _RULES,
     always=(),
+    together=tuple(f"{part}.*" for part in PARTS),
     initial=("vision_encoder.model.post_layernorm.*",),
     base=True,
     sizes=_SIZES,
@@ -101,8 +102,8 @@ def describe_config(config: Mapping[str, Any], image: Mapping[str, Any] | None =
 
     try:
         llava = LlavaConfig.from_dict(dict(config))
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{_CONFIG} cannot be read: {error}") from error
+    except Exception as error:  # its strict classes raise errors of many kinds
+        raise CheckpointError(f"{_CONFIG} cannot be read: {' '.join(str(error).split())}") from error
     layer = llava.vision_feature_layer
     wrong = [] if isinstance(layer, int) else [f"vision_feature_layer {layer}: one layer is taken here"]
     if llava.projector_hidden_act != "gelu":

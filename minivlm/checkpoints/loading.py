@@ -155,8 +155,11 @@ def _note_sources(model: VisionLanguageModel, form: Format, file: WeightFile, lo
     for part in {name.split(".")[0] for name in loaded}:
         module = getattr(model, part)
         prefix = f"{part}."
-        names = {name for name in base_state(module) if not any(matches(p, prefix + name) for p in form.initial)}
-        left = names - {name.removeprefix(prefix) for name in loaded}
+        state = base_state(module)
+        filled = {id(state[name.removeprefix(prefix)]) for name in loaded if name.startswith(prefix)}  # ties, too
+        left = {
+            n for n, t in state.items() if id(t) not in filled and not any(matches(p, prefix + n) for p in form.initial)
+        }
         if module.source is not None and part != form.part:  # a second file for the part
             both = join_hashes(module.source.get("sha256", ""), found["sha256"])
             module.source = {**module.source, "also": file.path, "sha256": both}

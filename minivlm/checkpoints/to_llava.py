@@ -12,13 +12,15 @@ from torch import Tensor
 from minivlm.checkpoints.foreign import Format, matches
 from minivlm.checkpoints.llava import FUSED, FUSED_LORA, LLAVA, LLAVA_LORA
 from minivlm.checkpoints.report import CheckpointError
+from minivlm.checkpoints.to_transformers import picture_settings_of
 from minivlm.config.experiment import ModelConfig
 from minivlm.io import atomic_folder, write_json
 from minivlm.models.lora import is_adapter
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
 
-_ASPECT = {"squash": "square", "pad": "pad", "crop": "crop", "shortest_edge": "crop"}
+_ASPECT = {"squash": "square", "shortest_edge": "square", "pad": "pad", "crop": "crop"}
+"""``square`` is whatever the tower's own settings say, which lie in its folder."""
 _SHARD = "1GB"
 
 
@@ -112,9 +114,7 @@ def _write_tower(folder: Path, model: VisionLanguageModel, processor: VLMProcess
     name = "siglip" if "siglip" in encoder.config.model_type else "clip"
     encoder.save_pretrained(folder / name)
     transform = next(iter(processor.transforms.values()))
-    size = {"height": transform.size, "width": transform.size}
-    image = {"do_resize": True, "size": size, "resample": 3, "image_mean": transform.mean, "image_std": transform.std}
-    write_json(folder / name / "preprocessor_config.json", image)
+    write_json(folder / name / "preprocessor_config.json", picture_settings_of(transform) | {"do_pad": False})
     return name
 
 
@@ -139,9 +139,8 @@ def _settings(model: VisionLanguageModel, processor: VLMProcessor, config: Model
     own = json.loads(language.model.config.to_json_string(use_diff=False))
     kind = own.pop("model_type")
     rope = own.pop("rope_parameters", None) or {}
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in rope:
-            own[key] = rope[key]
+    own |= {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    own["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
     transform = next(iter(processor.transforms.values()))
     depth = getattr(connector.config, "depth", 0)
     own |= {

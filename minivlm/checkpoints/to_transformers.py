@@ -8,7 +8,6 @@ ones transformers puts white, and a file it turns as its EXIF says, both of whic
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -280,7 +279,7 @@ def _processor(model: VisionLanguageModel, processor: VLMProcessor, tokenizer: A
         )
     (transform,) = processor.transforms.values()
     return LlavaProcessor(
-        image_processor=LlavaImageProcessorPil(**_picture_settings(transform)),
+        image_processor=LlavaImageProcessorPil(**picture_settings_of(transform)),
         tokenizer=tokenizer,
         patch_size=encoder.model.config.patch_size,
         vision_feature_select_strategy=_strategy(encoder),
@@ -305,7 +304,8 @@ def _blank_behind_image(tokenizer: Any) -> bool:
     return alone != behind[0] and alone == behind[1]
 
 
-def _picture_settings(transform: ImageTransform) -> Mapping[str, Any]:
+def picture_settings_of(transform: ImageTransform) -> dict[str, Any]:
+    """The settings of LLaVA's picture processor, and of CLIP's, for what a transform does."""
     square = {"height": transform.size, "width": transform.size}
     crops = transform.resize == "shortest_edge"
     return {

@@ -55,10 +55,19 @@ def add_model_defaults(tree: Tree, problems: list[Problem]) -> Tree | None:
     checkpoint = peek(tree, ("model", "checkpoint"))
     if isinstance(checkpoint, str) and not is_weight_file(checkpoint):
         # The folder of a model holds every part; a .pth file only what was trained.
+        held = ("weights", "path", "revision") if _is_whole(Path(checkpoint)) else ("weights",)
         for part in defaults.values["model"].values():
             if isinstance(part, dict):
-                part.pop("weights", None)
+                for key in held:
+                    part.pop(key, None)
     return overlay(defaults, tree, StageConfig)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder is a whole model of Hugging Face's kind, not adapters or a projector on the preset's bases."""
+    if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return False
+    return any(any(folder.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin"))
 
 
 def add_dataset_defaults(tree: Tree, problems: list[Problem]) -> Tree:

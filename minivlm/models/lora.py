@@ -41,8 +41,8 @@ def other_alpha(settings: LoraSettings | None, alpha: Any) -> str | None:
 
 
 def base_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict without adapters."""
-    return {name: tensor for name, tensor in module.state_dict().items() if not is_adapter(name)}
+    """The state dict without adapters; tied tensors are one."""
+    return {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if not is_adapter(name)}
 
 
 def add_lora(part: str, module: PartModule, settings: LoraSettings) -> None:

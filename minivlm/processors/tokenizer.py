@@ -19,7 +19,7 @@ def load_tokenizer(
     """Load a tokenizer; ``asset:NAME`` is one that ships with the package.
 
     ``special_tokens`` are given their role, and a new id where the tokenizer has none for them.
-    Raises :class:`TokenizerError` if there is none, or if it cannot tell character offsets.
+    Raises :class:`TokenizerError` if there is none, if it cannot tell character offsets, or for an unknown role.
     """
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -32,16 +32,20 @@ def load_tokenizer(
     logging.set_verbosity_error()  # a model_type of another project in the folder's config.json is no news here
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # it reads the config.json beside the tokenizer, too, where anything may be wrong
         # What transformers says when it cannot read tokenizer.model for any reason.
         hint = "; sentencepiece and protobuf do not go together (minivlm doctor)" if "tiktoken" in str(error) else ""
-        raise TokenizerError(f"model.language_model: cannot load a tokenizer from '{path}': {error}{hint}") from error
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TokenizerError(f"model.language_model: cannot load a tokenizer from '{path}': {why}{hint}") from error
     finally:
         logging.set_verbosity(verbosity)
     if not tokenizer.is_fast:
         raise TokenizerError(f"the tokenizer of '{path}' has no fast version, which tells character offsets")
     if special_tokens:
-        tokenizer.add_special_tokens(dict(special_tokens))
+        try:
+            tokenizer.add_special_tokens(dict(special_tokens))
+        except (ValueError, TypeError, AssertionError) as error:
+            raise TokenizerError(f"model.language_model.special_tokens: {error}") from error
     if tokenizer.pad_token_id is None:
         # Only fills rows that a mask hides, so any id will do; the vocabulary must not grow.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
