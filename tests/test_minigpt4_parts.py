@@ -249,7 +249,7 @@ def test_lora_target_modules_must_exist() -> None:
 
 
 def test_quantization_names_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match="trained from scratch cannot be quantised"):
+    with pytest.raises(ModelError, match="only a language model that is named by its path can be quantised"):
         language_model(quantization="nf4")
     language_model().model.save_pretrained(tmp_path)
     monkeypatch.setattr(language_module.importlib.util, "find_spec", lambda name: None)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minivlm.checkpoints.files import WeightFile
-from minivlm.checkpoints.report import CheckpointError, LoadReport
+from minivlm.checkpoints.report import CheckpointError, LoadReport, fill
 from minivlm.models.lora import is_adapter
 from minivlm.models.vlm import VisionLanguageModel
 
@@ -117,6 +117,8 @@ class Format:
                 lost.append(name)
             elif theirs not in done:
                 done[theirs] = whole[0] if len(whole) == 1 else torch.cat(whole)
+            elif len(ours) == 1 and not torch.equal(done[theirs], tensors[name]):  # should be one, but are two
+                lost.append(name)
         return done, lost
 
     def _place(self, name: str) -> tuple[str | None, list[str]]:
@@ -168,7 +170,7 @@ def translate(form: Format, tensors: Mapping[str, Tensor], own: Iterable[str] | 
 def load_foreign(model: VisionLanguageModel, file: WeightFile, form: Format, key: str, part: str = "") -> LoadReport:
     """Fill what a file of a foreign format holds into a model; raises like :func:`check_foreign`."""
     report, tensors = check_foreign(model, file, form, key, part)
-    model.load_state_dict(tensors, strict=False)
+    fill(model, tensors, f"{key}: {file.path}")
     return report
 
 

@@ -7,9 +7,14 @@ as it was first published, its attention fused in ``Wqkv``.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 from minivlm.checkpoints.files import WeightFile
 from minivlm.checkpoints.foreign import Format, Row, Rule, Size, prefixed
-from minivlm.models.vlm import PARTS
+from minivlm.models.lora import other_alpha
+from minivlm.models.vlm import PARTS, VisionLanguageModel
 
 _LM = "language_model.model."
 _BUFFER = "buffers, which are computed anew"
@@ -105,6 +110,22 @@ def _describe_lora(file: WeightFile) -> list[Row]:
     return [*rows, ("base", str(base))] if base else rows
 
 
+def lora_alpha(adapter: Mapping[str, Any]) -> Any:
+    """Our alpha for settings of peft; rank-stabilised LoRA (Kalajdzievski 2023) scales by alpha / sqrt(r)."""
+    alpha, rank = adapter.get("lora_alpha"), adapter.get("r")
+    if adapter.get("use_rslora") and isinstance(alpha, (int, float)) and isinstance(rank, int):
+        return alpha * math.sqrt(rank)
+    return alpha
+
+
+def _other_lora(file: WeightFile, model: VisionLanguageModel) -> str | None:
+    adapter = file.extra.get("adapter") or {}
+    if adapter.get("alpha_pattern"):
+        return "its layers have different alphas (alpha_pattern), which have no place here"
+    reason = other_alpha(model.language_model.lora, lora_alpha(adapter))
+    return f"{reason} (model.language_model.lora.alpha)" if reason else None
+
+
 def _whole(name: str, signature: tuple[str, ...], rules: tuple[Rule, ...]) -> Format:
     return Format(
         name,
@@ -128,6 +149,7 @@ def _lora(name: str, signature: str, rules: tuple[Rule, ...]) -> Format:
         always=("language_model.*.lora_*",),
         together=("connector.*",),
         sizes=(_RANK, *_VISION_SIZES),
+        explain=_other_lora,
         describe=_describe_lora,
     )
 

@@ -22,6 +22,7 @@ from minivlm.checkpoints.files import (
     read_json,
     read_weights,
 )
+from minivlm.checkpoints.llava import lora_alpha
 from minivlm.checkpoints.llava_hf import describe_config
 from minivlm.checkpoints.loading import identify
 from minivlm.checkpoints.report import CheckpointError
@@ -231,7 +232,7 @@ def _lora(adapter: Mapping[str, Any]) -> dict[str, Any]:
     ours = {"Wqkv": ["q_proj", "k_proj", "v_proj"], "out_proj": ["dense"], "linear": ["lm_head"]}
     is_fused = "Wqkv" in targets
     named = [name for target in sorted(targets) for name in (ours.get(target, [target]) if is_fused else [target])]
-    lora = {"r": adapter["r"], "alpha": adapter["lora_alpha"], "dropout": adapter.get("lora_dropout", 0.0)}
+    lora = {"r": adapter["r"], "alpha": lora_alpha(adapter), "dropout": adapter.get("lora_dropout", 0.0)}
     return {**lora, "target_modules": named} | ({"shared_a": [ours["Wqkv"]]} if is_fused else {})
 
 

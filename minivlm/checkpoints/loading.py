@@ -12,7 +12,7 @@ from typing import Any
 from minivlm.checkpoints import llava, llava_hf, minigpt4, native, parts
 from minivlm.checkpoints.files import WeightFile, check_path, is_llava_folder, local_path, read_weights
 from minivlm.checkpoints.foreign import Format, check_foreign, load_foreign, matches
-from minivlm.checkpoints.report import CheckpointError, LoadReport
+from minivlm.checkpoints.report import CheckpointError, LoadReport, fill
 from minivlm.config.experiment import ModelConfig
 from minivlm.models.hub import hash_tensors, join_hashes
 from minivlm.models.lora import base_state, file_name
@@ -128,7 +128,7 @@ def load_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:
             _note_sources(model, form, file, report.matched)
         return report
     module = getattr(model, part)
-    module.load_state_dict(file.tensors, strict=False)  # compared before; adapters stay as they are
+    fill(module, file.tensors, f"{key}: {path}")  # adapters stay as they are
     module.source, module.unsourced = None, frozenset()  # no base would give these weights again
     report.where, report.what = f"{key} {path}", "weights of this part"
     return report

@@ -14,6 +14,7 @@ from torch import nn
 
 from minivlm.checkpoints.files import WeightFile
 from minivlm.checkpoints.foreign import Format, Row, Rule, Size, prefixed
+from minivlm.models.lora import other_alpha
 from minivlm.models.vlm import VisionLanguageModel
 
 LANGUAGE_MODELS = {3200: "3B", 4096: "7B", 5120: "13B", 6656: "33B", 8192: "65B or 70B"}
@@ -153,6 +154,9 @@ def _other_lora(file: WeightFile, model: VisionLanguageModel) -> str | None:
         return f"it holds LoRA weights, the model has no LoRA; set model.language_model.lora: {settings}"
     if adapters and not lora:
         return "the model has LoRA, the file does not (a MiniGPT-4, not a MiniGPT-v2?); leave out lora"
+    reason = other_alpha(model.language_model.lora, lora["alpha"]) if lora and lora["alpha_is_written"] else None
+    if reason:
+        return f"{reason} (model.language_model.lora.alpha)"
     targets = sorted({found[1] for name in adapters if (found := _LORA.search(name))})
     if lora and targets != lora["targets"]:
         return (

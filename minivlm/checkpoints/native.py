@@ -8,23 +8,26 @@ trained, and all that cannot be had again from a base) and ``tokenizer/``.
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minivlm import registry
 from minivlm.checkpoints.files import read_weights
-from minivlm.checkpoints.report import CheckpointError, LoadReport
+from minivlm.checkpoints.report import CheckpointError, LoadReport, fill
 from minivlm.config.experiment import ModelConfig, to_container
 from minivlm.config.source import read_yaml
 from minivlm.io import atomic_folder, write_json
-from minivlm.models.lora import file_name, is_adapter
+from minivlm.models.lora import file_name, is_adapter, other_alpha
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.paths import is_placeholder
 from minivlm.processors.image import ImageTransform
 from minivlm.processors.processor import VLMProcessor
 from minivlm.version import __version__
 
+log = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -227,8 +230,18 @@ def load_weights(model: VisionLanguageModel, folder: Path) -> LoadReport:
         lost = sorted({f"model.{name.split('.')[0]}.lora" for name in report.unexpected if is_adapter(name)})
         hint = f" with LoRA: set {' and '.join(lost)} as there, or fold it in with `minivlm merge`" if lost else ""
         raise CheckpointError(f"{folder} is a checkpoint of another model{hint}:\n{report}")
-    model.load_state_dict(state, strict=False)
+    _check_alpha(model, folder, adapted)
+    fill(model, state, str(folder))
     return report
+
+
+def _check_alpha(model: VisionLanguageModel, folder: Path, adapted: Iterable[str]) -> None:
+    """Refuse adapters that were trained at another scale, which no shape tells."""
+    config = read_config(folder)
+    for part in sorted(adapted):
+        reason = other_alpha(getattr(model, part).lora, (config[part].get("lora") or {}).get("alpha"))
+        if reason:
+            raise CheckpointError(f"model.{part}.lora.alpha: {reason}; take that of {folder}, or leave out lora")
 
 
 def _check_sources(model: VisionLanguageModel, manifest: Manifest, folder: Path) -> None:
@@ -246,6 +259,11 @@ def _check_sources(model: VisionLanguageModel, manifest: Manifest, folder: Path)
             raise CheckpointError(
                 f"{folder} was trained on other weights of {part} than those in {_files(own)}: "
                 f"hash {wanted[:12]} against {found[:12]}; give those that it was trained on, {_files(source)}"
+            )
+        if bool(wanted) != bool(found) and _files(source) != _files(own):  # of a hub id there is no hash
+            log.warning(
+                "%s was trained on %s of %s, and now stands on %s; whether they are the same has not been checked",
+                *(folder, _files(source), part, _files(own)),
             )
 
 

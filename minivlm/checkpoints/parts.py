@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minivlm.checkpoints.files import read_weights
 from minivlm.checkpoints.native import WEIGHTS, find_model_folder, read_manifest
-from minivlm.checkpoints.report import CheckpointError, LoadReport
+from minivlm.checkpoints.report import CheckpointError, LoadReport, fill
 from minivlm.config.experiment import ModelConfig
 from minivlm.models.hub import hash_tensors
 from minivlm.models.lora import base_state, file_name, is_adapter
@@ -40,7 +40,7 @@ def load_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:
     tensors = _tensors(part, path)
     report = _compare(model, part, path, tensors)
     module = getattr(model, part)
-    module.load_state_dict(tensors, strict=False)
+    fill(module, tensors, f"model.{part}.weights: {path}")
     module.source = {"path": path, "sha256": hash_tensors(tensors.items())} if module.lora else None
     module.unsourced = frozenset()
     return report

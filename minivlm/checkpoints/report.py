@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from minivlm.models.base import ModelError
 
 _SHOWN = 5
@@ -89,3 +92,22 @@ def _by_module(names: Iterable[str]) -> str:
         module = ".".join(name.split(".")[:2])
         counts[module] = counts.get(module, 0) + 1
     return f" [{', '.join(f'{module} {count}' for module, count in counts.items())}]" if counts else ""
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """``load_state_dict`` of tensors that were compared before; what they lack stays as it is.
+
+    Raises :class:`CheckpointError`, and fills nothing, if they hold two values for what is one tensor of the module: a
+    head tied to the embeddings, a shared A. The last one would win without a word.
+    """
+    own = module.state_dict(keep_vars=True)
+    names: dict[int, str] = {}
+    for name in tensors.keys() & own.keys():
+        other = names.setdefault(id(own[name]), name)
+        if other != name and not torch.equal(tensors[other].to(tensors[name].dtype), tensors[name]):
+            first, second = sorted((name, other))
+            raise CheckpointError(
+                f"{where}: {first} and {second} differ there, but are one tensor in this model; set "
+                f"{'lora.shared_a as there' if '.lora_' in name else 'config.tie_word_embeddings: false'}"
+            )
+    module.load_state_dict(dict(tensors), strict=False)

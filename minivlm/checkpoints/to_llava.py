@@ -38,11 +38,13 @@ def write_llava(
     state = model.state_dict()
     with atomic_folder(folder) as unfinished:
         if language.adapter_parameters:
-            written = _write_adapters(unfinished, _translated(FUSED_LORA if fused else LLAVA_LORA, _trained(state)))
+            kept = _without_loss(_trained(state), model)
+            written = _write_adapters(unfinished, _translated(FUSED_LORA if fused else LLAVA_LORA, kept))
             write_json(unfinished / "adapter_config.json", _adapter_settings(config, written, fused))
         elif language.source is not None:
             form = FUSED if fused else LLAVA
-            written = _translated(form, {n: t for n, t in state.items() if n.startswith("connector.")})
+            kept = {n: t for n, t in state.items() if n.startswith("connector.")}
+            written = _translated(form, _without_loss(kept, model))
             _save(written, unfinished / "mm_projector.bin")
         else:
             written = _write_whole(unfinished, model, state, fused)
@@ -56,10 +58,24 @@ def _trained(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if is_adapter(name) or name.startswith("connector.")}
 
 
+def _without_loss(kept: dict[str, Tensor], model: VisionLanguageModel) -> dict[str, Tensor]:
+    """What is to be written, if nothing else has been trained."""
+    lost = [name for name in model.trained_before if name not in kept]
+    if lost:
+        raise CheckpointError(
+            f"beside a base there is no place for other trained weights ({', '.join(lost[:3])}"
+            f"{', ...' if len(lost) > 3 else ''}); `minivlm merge` makes it one model, which can be written as a whole"
+        )
+    return kept
+
+
 def _translated(form: Format, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     done, lost = form.back(tensors)
     if lost:
-        raise CheckpointError(f"{form.name} has no place for {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}")
+        hint = "; fold adapters in with `minivlm merge`" if any(map(is_adapter, lost)) else ""
+        raise CheckpointError(
+            f"{form.name} has no place for {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}{hint}"
+        )
     return {name: tensor.detach().cpu().clone() for name, tensor in done.items()}
 
 

@@ -6,6 +6,7 @@ all files, a layer with an adapter has the names that it has without one, and ``
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -30,6 +31,13 @@ def is_adapter(name: str) -> bool:
 def file_name(name: str) -> str:
     """What a state dict calls the parameter ``name``."""
     return name.replace(f".{_BASE}", ".")
+
+
+def other_alpha(settings: LoraSettings | None, alpha: Any) -> str | None:
+    """Why adapters that were trained with ``alpha`` are no longer the same with ``settings``; None if they are."""
+    if settings is None or not isinstance(alpha, (int, float)) or math.isclose(alpha, settings.alpha, rel_tol=1e-6):
+        return None
+    return f"the adapters were trained with alpha {alpha:g}, here it is {settings.alpha:g}"
 
 
 def base_state(module: nn.Module) -> dict[str, Tensor]:
@@ -65,6 +73,8 @@ def add_lora(part: str, module: PartModule, settings: LoraSettings) -> None:
         parent: Any = module.get_submodule(path.rpartition(".")[0])
         if hasattr(parent, "qkv_bias_separate"):  # timm's EVA and BEiT would take the weight, past the adapter
             parent.qkv_bias_separate = True
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # its fast path in eval mode would do so, too
     added = {name: parameter for name, parameter in module.named_parameters() if is_adapter(name)}
     for parameter in added.values():
         parameter.data = parameter.data.float()
@@ -173,15 +183,17 @@ def _find_base(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
 def _compute_norms_in_fp32(module: nn.Module) -> None:
     """Norms compute in fp32 and hand on the type that they were given, with autocast and without."""
 
-    def lift(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].float(), *inputs[1:])
+    def lift(norm: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        norm.given = inputs[0].dtype
+        stored = next(norm.parameters(recurse=False)).dtype  # fp32, unless the model was cast later
+        return (inputs[0].to(stored), *inputs[1:])
 
     for norm in (child for child in module.modules() if "Norm" in type(child).__name__):
         stored = next((p.dtype for p in norm.parameters(recurse=False)), torch.float32)
         if stored != torch.float32:
             norm.float()
             norm.register_forward_pre_hook(lift)
-            norm.register_forward_hook(lambda norm, inputs, output, stored=stored: output.to(stored))
+            norm.register_forward_hook(lambda norm, inputs, output: output.to(norm.given))
 
 
 def _is_shared(module: nn.Module, weight: Tensor) -> bool:

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from minivlm.models.base import ModelError, PartModule
+from minivlm.models.lora import file_name
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 
+_HALF = (torch.float16, torch.bfloat16)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -20,9 +22,9 @@ def apply_freeze(part: str, module: PartModule, freeze: bool | list[str] | None)
     """Set ``requires_grad`` of a part's parameters: all, or those whose name no glob matches.
 
     Of a part with adapters (its ``adapter_parameters``) the base never trains, and the adapters train
-    unless a glob names them: ``freeze: true`` means the base. What trains is not kept in fp16, whose
-    small updates vanish: the whole part becomes fp32. Raises :class:`ModelError` for a glob that matches
-    nothing, and for a part that is asked to train and cannot.
+    unless a glob names them: ``freeze: true`` means the base. What trains is not kept in half precision,
+    where small updates vanish (of bf16 the most): the whole part becomes fp32. Raises :class:`ModelError` for a glob
+    that matches nothing, and for a part that is asked to train and cannot.
     """
     if not module.can_train:
         if freeze not in (None, True):
@@ -31,10 +33,10 @@ def apply_freeze(part: str, module: PartModule, freeze: bool | list[str] | None)
     named = list(module.named_parameters())
     globs = freeze if isinstance(freeze, list) else []
     for glob in globs:
-        if not any(fnmatchcase(name, glob) for name, _ in named):
+        if not any(fnmatchcase(file_name(name), glob) for name, _ in named):
             raise ModelError(
                 f"model.{part}.freeze: '{glob}' matches no parameter; names look like "
-                + ", ".join(name for name, _ in named[:3])
+                + ", ".join(file_name(name) for name, _ in named[:3])
             )
     adapters = module.adapter_parameters
     if module.quantization and not adapters and freeze is not True:
@@ -44,8 +46,8 @@ def apply_freeze(part: str, module: PartModule, freeze: bool | list[str] | None)
         )
     for name, parameter in named:
         trains = name in adapters if adapters else freeze is not True
-        parameter.requires_grad_(trains and not any(fnmatchcase(name, glob) for glob in globs))
-    if any(parameter.requires_grad and parameter.dtype == torch.float16 for _, parameter in named):
+        parameter.requires_grad_(trains and not any(fnmatchcase(file_name(name), glob) for glob in globs))
+    if any(parameter.requires_grad and parameter.dtype in _HALF for _, parameter in named):
         module.float()
 
 

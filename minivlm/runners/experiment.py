@@ -15,13 +15,15 @@ from rich.console import Console
 from minivlm import registry
 from minivlm.api import assemble, resolve_device
 from minivlm.checkpoints.native import find_model_folder, load_weights
+from minivlm.checkpoints.parts import model_folder
+from minivlm.checkpoints.report import CheckpointError
 from minivlm.config.experiment import Experiment, StageConfig, to_container
 from minivlm.config.global_batch import accumulation
 from minivlm.datasets.feature_cache import FeatureCacheError
 from minivlm.datasets.streams import SampleStream
 from minivlm.datasets.training_set import Source, build_datasets, build_split
 from minivlm.io import write_atomic, write_json
-from minivlm.models.vlm import VisionLanguageModel
+from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
 from minivlm.runners.engines import SingleEngine, make_engine
 from minivlm.runners.features import prepare_cache
@@ -79,6 +81,7 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
     if run.feature_cache:
         prepare_cache(stage, model, processor, engine, data.all(), console)
     if not run.evaluate:
+        _keep_off_bases(model, folder)
         if engine.rank == 0:
             container = {"model": to_container(stage.model), "run": to_container(run)}
             done.unlink(missing_ok=True)
@@ -129,6 +132,20 @@ def _joined(sources: list[Source]) -> Sequence[Sample]:
     from torch.utils.data import ConcatDataset
 
     return ConcatDataset(sized)  # type: ignore[arg-type,return-value]
+
+
+def _keep_off_bases(model: VisionLanguageModel, folder: Path) -> None:
+    """Refuse a base that this run would overwrite, while its checkpoints name it and hold only what trains."""
+    written = [(folder / name).resolve() for name in ("model", "best", "checkpoints")]
+    for part in PARTS:
+        source = getattr(model, part).source or {}
+        for path in (source[key] for key in ("path", "also") if key in source):
+            base = (model_folder(path) or Path(path)).resolve()
+            if base.exists() and any(base.is_relative_to(place) for place in written):
+                raise CheckpointError(
+                    f"run.output_dir: {folder} holds the base of {part} ({path}), which this run would overwrite or "
+                    "delete, although its checkpoints need it; give another folder"
+                )
 
 
 def _take_best(runner: Any, model: VisionLanguageModel, folder: Path, console: Console) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minivlm.models.base import DTYPES, LanguageModel, ModelError, on_meta_device
 from minivlm.models.configs import HFLanguageModelConfig
@@ -41,6 +43,7 @@ class HFLanguageModel(LanguageModel):
             self.source = source_of(config.path, config.revision)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _checkpoint_in_eval_mode(self.model)
         self.hidden_size = self.model.get_input_embeddings().embedding_dim
         self.vocab_size = self.model.get_input_embeddings().num_embeddings
         if config.vocab_size not in (None, self.vocab_size):
@@ -84,6 +87,21 @@ class HFLanguageModel(LanguageModel):
         return self.model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **defaults | options)
 
 
+def _checkpoint_in_eval_mode(model: nn.Module) -> None:
+    """Gradients also pass through a frozen model, which is in eval mode; transformers asks for train mode."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(_forward_of, layer, layer.forward)
+
+
+def _forward_of(layer: nn.Module, forward: Any, *inputs: Any, **options: Any) -> Any:
+    if layer.training or not torch.is_grad_enabled():  # there transformers does what is right
+        return forward(*inputs, **options)
+    return checkpoint(partial(forward, **options), *inputs, use_reentrant=False)
+
+
 def _logit_scale(config: Any) -> float:
     if getattr(config, "logit_scale", None):  # Cohere
         return float(config.logit_scale)
@@ -97,7 +115,8 @@ def _quantization(config: HFLanguageModelConfig) -> dict[str, Any]:
     part = "model.language_model.quantization"
     if config.path is None:
         raise ModelError(
-            f"{part}: a model that is trained from scratch cannot be quantised; give a path or leave it out"
+            f"{part}: only a language model that is named by its path can be quantised, not one by `config`, `weights` "
+            "or a complete checkpoint; write it as a folder of transformers, or leave quantization out"
         )
     if on_meta_device():  # where nothing is loaded; `minivlm.runners.memory` counts what it would take
         return {}
