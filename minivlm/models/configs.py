@@ -62,7 +62,7 @@ class EvaClipGConfig:
     dtype: str = setting(
         "fp32",
         choices=("fp32", "bf16", "fp16"),
-        help="storage of convolutions and linear layers; an encoder that trains is never kept in fp16",
+        help="storage of convolutions and linear layers; an encoder that trains becomes fp32",
     )
     gradient_checkpointing: bool = False
 
