@@ -48,6 +48,7 @@ def write_llava(
             _save(written, unfinished / "mm_projector.bin")
         else:
             written = _write_whole(unfinished, model, state, fused)
+        if not settings["mm_vision_tower"] or language.source is None:  # what the layout's own loader asks for
             settings["mm_vision_tower"] = _write_tower(unfinished, model, processor)
         write_json(unfinished / "config.json", settings)
         processor.tokenizer.save_pretrained(unfinished)
