@@ -81,7 +81,8 @@ def test_commands_of_the_imp_page(workplace: Path) -> None:
 
     for name in ("MINIVLM_SIGLIP", "MINIVLM_PHI2"):  # as the page's own line says, but for the folder
         assert f"export {name}={workplace / env[name]}" in of("download")
-    assert "Imp" in of("inspect") and "model.checkpoint" in of("inspect")
+    assert re.search(r"good for +model\.checkpoint\n", of("inspect"))
+    assert re.search(r"language_model +phi, ", of("inspect"))
     assert len((workplace / "answers.jsonl").read_text().splitlines()) == 8
     dry = " ".join(of("--dry-run").split())
     assert "global batch 4 = 1 per process x 4 accumulation x 1 process" in dry and "which GPUs fit" in dry
@@ -94,5 +95,13 @@ def test_commands_of_the_imp_page(workplace: Path) -> None:
     assert (workplace / "imp-lora" / "adapter_config.json").is_file()
     assert json.loads((workplace / "imp-v1" / "config.json").read_text())["n_embd"] > 0
     assert "logits differ by at most" in of("export", "transformers")
-    (workplace / "snippet.py").write_text(re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)[0])
-    assert "ASSISTANT:" in run(["python", "snippet.py"], workplace, env)
+
+
+@pytest.mark.slow
+def test_python_of_the_imp_page(workplace: Path, tmp_path: Path) -> None:
+    """In a folder with nothing but what the page's export writes, and without torchvision, which may not fit torch."""
+    assert main(["export", str(workplace / "llava-v1.5-7b"), str(tmp_path / "exported"), "--to", "transformers"]) == 0
+    (tmp_path / "pictures").symlink_to(workplace / "pictures")
+    snippet = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)[0]
+    (tmp_path / "snippet.py").write_text(f'import sys\n\nsys.modules["torchvision"] = None\n{snippet}')
+    assert "ASSISTANT:" in run(["python", "snippet.py"], tmp_path, {**os.environ})
