@@ -73,11 +73,11 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
         accumulation(run, engine.world)  # refuses a global batch that does not fit, before a model is loaded
     if run.evaluate and stage.model.checkpoint is None:
         stage.model.checkpoint = str(find_model_folder(folder))
+    data = Splits(stage)  # what lacks there is told before anything large is read
     seed_everything(run.seed)
     model, processor, stage.model = assemble(stage.model)
     model.to(engine.device)
     task = registry.get("task", run.task)(run)
-    data = Splits(stage)
     if run.feature_cache:
         prepare_cache(stage, model, processor, engine, data.all(), console)
     if not run.evaluate:
