@@ -150,13 +150,11 @@ def minigpt4_options(file: Path, data: Path) -> list[str]:
 def imp_options(file: Path, data: Path) -> list[str]:
     """What a shipped file of Imp or LLaVA-1.5 needs beside its user's data, at the sizes of the golden set."""
     golden = GOLDEN.parent / "imp"
-    if file.name.startswith("llava"):
-        return [f"model.checkpoint={data}"]
-    if not file.name.startswith("imp"):
+    if not file.name.startswith(("imp", "llava")):
         return []
-    sizes = ["run.batch_size_train=2", "run.global_batch_size=4", "run.num_workers=0"]
     if file.parent.name == "eval_configs":
-        return []
+        return [f"model.checkpoint={data}"] if file.name.startswith("llava") else []
+    sizes = ["run.batch_size_train=2", "run.global_batch_size=4", "run.num_workers=0"]
     if "custom" in file.name:
         records = [f"datasets.custom.annotations={data}/llava.json", f"datasets.custom.images={data}"]
         return [*sizes, f"model.checkpoint={golden / 'v15' / 'merged'}", *records]
