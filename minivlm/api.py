@@ -22,6 +22,7 @@ from minivlm.config.loader import list_model_defaults, parse_model
 from minivlm.config.options import parse_options
 from minivlm.models.base import DTYPES, ModelError
 from minivlm.models.build import build_model
+from minivlm.models.quantization import quantise
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.paths import is_placeholder, is_weight_file
 from minivlm.processors.configs import ImageConfig, ProcessorConfig
@@ -186,6 +187,7 @@ def assemble(
         load_parts(model, config)
         if config.checkpoint:
             load_checkpoint(model, config, folder)
+        quantise(model.language_model)
         if os.environ.get("RANK", "0") == "0":
             for line in (*(report.summary for report in model.load_reports), *([note] if note else [])):
                 print(line, file=sys.stderr, flush=True)

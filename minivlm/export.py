@@ -108,18 +108,21 @@ def assemble_own(
 ) -> tuple[VisionLanguageModel, VLMProcessor, ModelConfig]:
     """Model, processor and section of :func:`read_model`; what a foreign folder gives counts as the model's own.
 
-    What is written of it then does without that folder.
+    What is written of it then does without that folder. Raises :class:`ModelError` for quantised weights of it.
     """
     from minivlm.api import assemble
+    from minivlm.models.base import ModelError
     from minivlm.models.vlm import PARTS
 
     config = read_model(source, cfg_path, options)
     start = config.checkpoint
     model, processor, config = assemble(config)
     for part in PARTS:
-        weights = getattr(config, part).weights
+        weights, module = getattr(config, part).weights, getattr(model, part)
         if start and weights and Path(weights) == Path(start):
-            getattr(model, part).source = None
+            if module.quantization:
+                raise ModelError(f"model.{part}: quantised weights are not written; set quantization: null")
+            module.source = None
     return model, processor, config
 
 

@@ -131,6 +131,43 @@ def make_llava(
     return folder, tensors
 
 
+def first_layout(folder: Path, phi: Any) -> Path:
+    """A language model as microsoft/phi-2 first was: fused attention, another config.json, no projector."""
+    folder.mkdir()
+    ours = phi.state_dict()
+    theirs = {"transformer.embd.wte.weight": ours["model.embed_tokens.weight"]}
+    for kind in ("weight", "bias"):
+        theirs[f"lm_head.ln.{kind}"] = ours[f"model.final_layernorm.{kind}"]
+        theirs[f"lm_head.linear.{kind}"] = ours[f"lm_head.{kind}"]
+        for n in range(phi.config.num_hidden_layers):
+            at, block = f"model.layers.{n}.", f"transformer.h.{n}."
+            fused = torch.cat([ours[f"{at}self_attn.{part}_proj.{kind}"] for part in "qkv"])
+            theirs[f"{block}mixer.Wqkv.{kind}"] = fused
+            theirs[f"{block}mixer.out_proj.{kind}"] = ours[f"{at}self_attn.dense.{kind}"]
+            theirs[f"{block}ln.{kind}"] = ours[f"{at}input_layernorm.{kind}"]
+            for layer in ("fc1", "fc2"):
+                theirs[f"{block}mlp.{layer}.{kind}"] = ours[f"{at}mlp.{layer}.{kind}"]
+    save_file({name: tensor.contiguous() for name, tensor in theirs.items()}, folder / "model.safetensors")
+    config = phi.config
+    head = config.hidden_size // config.num_attention_heads
+    settings = {
+        "model_type": "phi-msft",
+        "n_embd": config.hidden_size,
+        "n_head": config.num_attention_heads,
+        "n_head_kv": None,
+        "n_layer": config.num_hidden_layers,
+        "n_inner": None,
+        "n_positions": config.max_position_embeddings,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "rotary_dim": head // 2,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def write_config(folder: Path, settings: dict[str, Any]) -> None:
     """``config.json``, without what is ``...``."""
     kept = {key: value for key, value in settings.items() if value is not ...}

@@ -18,13 +18,11 @@ from torch import nn
 from tuning_models import PHI, QKV, batch, build, logits, section, stir
 
 import minivlm
-from minivlm.api import assemble
 from minivlm.checkpoints.native import Manifest, load_weights, read_manifest, save_model, trained_names
 from minivlm.checkpoints.report import CheckpointError
 from minivlm.checkpoints.to_llava import write_llava
 from minivlm.cli import main
 from minivlm.config import load_config
-from minivlm.config.loader import parse_model
 from minivlm.models import build as build_module
 from minivlm.models.base import ModelError, PartModule
 from minivlm.models.lora import add_lora, is_adapter, merge_lora
@@ -343,10 +341,3 @@ def test_a_quantised_base_with_adapters_is_cast(dtype: str, tmp_path: Path) -> N
     before = save(tmp_path / "tuned", section({"r": 2}, **quantised))
     model, _ = minivlm.load(tmp_path / "tuned", device="cpu", dtype=dtype)
     torch.testing.assert_close(logits(model).float(), logits(before).float(), rtol=0.05, atol=0.5)
-
-
-def test_quantisation_wants_a_path(tmp_path: Path) -> None:
-    save(tmp_path / "whole", section())
-    node = {"name": "hf", "quantization": "nf4", "lora": {"r": 2}}
-    with pytest.raises(ModelError, match=r"quantization: only a language model that is named by its path .*checkpoint"):
-        assemble(parse_model({"checkpoint": str(tmp_path / "whole"), "language_model": node}, "test"))

@@ -78,6 +78,7 @@ def train(place: Path, stem: str, folder: Path, *more: str, expected: int = 0, *
 
 
 FP32 = "model.language_model.dtype=fp32"
+NF4 = "model.language_model.quantization=nf4"
 SMALL = {"batch_size_train": 2, "global_batch_size": 4, "init_lr": 1e-2}
 
 
@@ -229,13 +230,15 @@ def test_data_of_ones_own_on_the_merged_model_and_merged_again(place: Path, merg
 # --- what training must keep ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("stem", ["imp_v1_3b_stage2_lora", "imp_v1_3b_custom_lora"])
 def test_a_stop_in_the_middle_of_lora_changes_nothing(
-    place: Path, stage1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stem: str, place: Path, stage1: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dropout, accumulation, samples grouped by modality, and some without a picture."""
-    stem, start = "imp_v1_3b_stage2_lora", f"model.checkpoint={stage1}"
-    run = SMALL | {"max_steps": 8, "max_epoch": 2, "save_freq": 100}
-    whole = train(place, stem, tmp_path / "whole", start, FP32, **run)
+    """With dropout, accumulation, samples grouped by modality, some without a picture; and QLoRA on a merged folder."""
+    custom = stem == "imp_v1_3b_custom_lora"
+    given = [f"model.checkpoint={merged if custom else stage1}", FP32, *[NF4] * custom]
+    run = SMALL | {"max_steps": 8, "max_epoch": 8 if custom else 2, "save_freq": 100}
+    whole = train(place, stem, tmp_path / "whole", *given, **run)
     after_step = Runner._after_step
 
     def stopping(self: Runner, log: Any) -> None:
@@ -246,11 +249,12 @@ def test_a_stop_in_the_middle_of_lora_changes_nothing(
     broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "_after_step", stopping)
-        train(place, stem, broken, start, FP32, expected=130, **run)
+        train(place, stem, broken, *given, expected=130, **run)
     assert [file.name for file in (broken / "checkpoints").iterdir()] == ["step_00000004"]
     torch.manual_seed(123)  # whatever another process would have done meanwhile
-    train(place, stem, broken, start, FP32, **run)
+    train(place, stem, broken, *given, **run)
     assert len(losses(whole)) == 8 and losses(broken) == losses(whole)
+    assert all(is_adapter(name) for name in weights(whole) if name.startswith("language_model."))
     assert weights(broken).keys() == weights(whole).keys()
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(broken).items())
 
@@ -283,7 +287,7 @@ def seen(number: int) -> dict[str, Any]:
 
 
 def test_qlora_and_its_merge(place: Path, stage1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = [f"model.checkpoint={stage1}", FP32, "model.language_model.quantization=nf4"]
+    more = [f"model.checkpoint={stage1}", FP32, NF4]
     folder = train(place, "imp_v1_3b_stage2_lora", tmp_path / "qlora", *more, **SMALL, max_epoch=1)
     assert falls(folder) and all(is_adapter(name) or name.startswith("connector.") for name in weights(folder))
     assert main(["merge", str(folder), str(tmp_path / "whole")]) == 0

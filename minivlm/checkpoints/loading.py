@@ -115,7 +115,8 @@ def load_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:
     """Fill one part from a file with its own names, or from a published base, all of it or nothing.
 
     A published base becomes the ``source`` of what it fills, so that a checkpoint need not hold it again; other
-    files leave no source. Raises :class:`CheckpointError` when the file does not belong there.
+    files leave no source, but for a quantised part. Raises :class:`CheckpointError` when the file does not belong
+    there.
     """
     if parts.model_folder(path):
         return parts.load_part(model, part, path)
@@ -129,7 +130,9 @@ def load_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:
         return report
     module = getattr(model, part)
     fill(module, file.tensors, f"{key}: {path}")  # adapters stay as they are
-    module.source, module.unsourced = None, frozenset()  # no base would give these weights again
+    module.source, module.unsourced = None, frozenset()  # checkpoints hold these weights
+    if module.quantization:  # which cannot be saved
+        module.source = {"path": path, "sha256": hash_tensors(file.tensors.items())}
     report.where, report.what = f"{key} {path}", "weights of this part"
     return report
 

@@ -34,14 +34,15 @@ def check_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:
 def load_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:
     """Fill a part from a model folder that holds all of it.
 
-    Below adapters the folder becomes the part's source; any other part is written into checkpoints of its own.
+    Below adapters, or quantised, the folder becomes the part's source; any other part is written into checkpoints of
+    its own.
     Raises :class:`CheckpointError` when the folder does not hold the part, or another one.
     """
     tensors = _tensors(part, path)
     report = _compare(model, part, path, tensors)
     module = getattr(model, part)
     fill(module, tensors, f"model.{part}.weights: {path}")
-    module.source = {"path": path, "sha256": hash_tensors(tensors.items())} if module.lora else None
+    module.source = {"path": path, "sha256": hash_tensors(tensors.items())} if module.keeps_source else None
     module.unsourced = frozenset()
     return report
 
@@ -49,14 +50,15 @@ def load_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:
 def keep_bases(model: VisionLanguageModel, config: ModelConfig, folder: Path) -> None:
     """Note where the parts come from that a checkpoint has filled completely.
 
-    Below new adapters the folder is their source, named as ``weights``, so that no further checkpoint holds the
-    base again. Any other part has no source left: what is in the checkpoint may differ from the base it once had.
+    Below new adapters, or quantised, the folder is their source, named as ``weights``, so that no further checkpoint
+    holds the base again. Any other part has no source left: what is in the checkpoint may differ from the base it
+    once had.
     """
     for part in read_manifest(folder).complete:
         module = getattr(model, part)
         module.source, module.unsourced = None, frozenset()
         getattr(config, part).weights = None
-        tensors = _of_part(part, folder) if module.lora else {}
+        tensors = _of_part(part, folder) if module.keeps_source else {}
         if tensors and not any(map(is_adapter, tensors)):
             getattr(config, part).weights = str(folder)
             module.source = {"path": str(folder), "sha256": hash_tensors(tensors.items())}

@@ -134,7 +134,7 @@ def _language(language: Any) -> list[str]:
     wrong = []
     if any(".lora_" in name for name in language.state_dict()):
         wrong.append(f"{key}.lora: its adapters are not merged; run minivlm merge first")
-    if getattr(language.model, "is_quantized", False):
+    if language.quantization:
         wrong.append(f"{key}.quantization: its weights are quantised; set it to null")
     head = language.model.get_output_embeddings()
     bias = getattr(head, "bias", None)

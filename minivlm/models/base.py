@@ -35,6 +35,11 @@ class PartModule(nn.Module):
     """False if the weights are out of reach, so that the part is frozen whatever happens."""
 
     @property
+    def keeps_source(self) -> bool:
+        """Whether checkpoints leave out a base that can be read again: below adapters, and of quantised weights."""
+        return self.lora is not None or self.quantization is not None
+
+    @property
     def output_head(self) -> nn.Module | None:
         """The layer that gives the logits, None for a part without one."""
         return None

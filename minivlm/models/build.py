@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from minivlm import registry
 from minivlm.models.base import ModelError
-from minivlm.models.hub import source_of
+from minivlm.models.hub import load_hf_config, source_of
 from minivlm.models.lora import add_lora
 from minivlm.models.tuning import apply_freeze
 from minivlm.models.vlm import PARTS, VisionLanguageModel
@@ -35,7 +36,8 @@ def build_model(
         encoder = build_part("vision_encoder", config.vision_encoder)
     with torch.device("meta") if empty else device:
         given = language_model_given or bool(config.language_model.weights)
-        language_model = build_part("language_model", config.language_model, vocab_size, given=given)
+        part = _unloaded(config.language_model) if given else config.language_model
+        language_model = build_part("language_model", part, vocab_size, given=given)
     if empty:
         settings = config.language_model.config  # a checkpoint asks for the base
         language_model.source = source_of(settings.path, getattr(settings, "revision", None))
@@ -52,6 +54,15 @@ def _has_folder(part: Any) -> bool:
     """Whether a folder gives all weights; else numbers are drawn, on which those of the connector depend."""
     settings = part.config
     return bool(getattr(settings, "path", None)) and not part.lora and not part.weights
+
+
+def _unloaded(part: Any) -> Any:
+    """Of the path of a model that is quantised when something else has filled it, only the settings."""
+    settings = part.config
+    if not (getattr(settings, "quantization", None) and getattr(settings, "path", None)):
+        return part
+    hf = load_hf_config("model.language_model", settings.path, None, settings.revision)
+    return replace(part, config=replace(settings, path=None, config=hf.to_diff_dict()))
 
 
 def _without_drawing(make: Any, *arguments: Any) -> Any:

@@ -141,8 +141,6 @@ class HFLanguageModelConfig:
         None, ge=1, help="expected number of embeddings; weights with another number are refused; null: no check"
     )
     dtype: str | None = setting(None, choices=("fp32", "bf16", "fp16"), help="storage of the weights")
-    quantization: str | None = setting(
-        None, choices=("int8", "nf4"), help="of the base weights, by bitsandbytes; needs path"
-    )
+    quantization: str | None = setting(None, choices=("int8", "nf4"), help="of the base weights, by bitsandbytes")
     attention: str = setting("sdpa", choices=("sdpa", "eager", "flash_attention_2", "flex_attention"))
     gradient_checkpointing: bool = False

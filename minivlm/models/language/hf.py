@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from functools import partial
 from typing import Any
 
@@ -14,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from minivlm.models.base import DTYPES, LanguageModel, ModelError, on_meta_device
 from minivlm.models.configs import HFLanguageModelConfig
 from minivlm.models.hub import from_pretrained, load_hf_config, source_of
-
-log = logging.getLogger(__name__)
+from minivlm.models.quantization import quantization_arguments, replace_linear
 
 
 class HFLanguageModel(LanguageModel):
@@ -33,11 +30,14 @@ class HFLanguageModel(LanguageModel):
         if config.dtype:
             arguments["dtype"] = DTYPES[config.dtype]
         if config.quantization:
-            arguments |= _quantization(config)
+            arguments |= quantization_arguments(config.quantization, config.dtype)
         if "quantization_config" in arguments:
             self.quantization = config.quantization
         if config.path is None or on_meta_device():
+            quantised = arguments.pop("quantization_config", None)
             self.model: Any = AutoModelForCausalLM.from_config(hf, **arguments)
+            if quantised:
+                replace_linear(self.model, quantised)
         else:
             self.model = from_pretrained(part, AutoModelForCausalLM, config.path, revision=config.revision, **arguments)
             self.source = source_of(config.path, config.revision)
@@ -108,34 +108,3 @@ def _logit_scale(config: Any) -> float:
     if getattr(config, "logits_scaling", None):  # Granite
         return 1.0 / float(config.logits_scaling)
     return 1.0
-
-
-def _quantization(config: HFLanguageModelConfig) -> dict[str, Any]:
-    """The arguments of ``from_pretrained`` that quantise the base weights while they are loaded."""
-    part = "model.language_model.quantization"
-    if config.path is None:
-        raise ModelError(
-            f"{part}: only a language model that is named by its path can be quantised, not one by `config`, `weights` "
-            "or a complete checkpoint; write it as a folder of transformers, or leave quantization out"
-        )
-    if on_meta_device():  # where nothing is loaded; `minivlm.runners.memory` counts what it would take
-        return {}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            f'{part}: {config.quantization} needs bitsandbytes; run pip install "minivlm[quant]", or set it to null: '
-            "half precision takes twice the memory"
-        )
-    if torch.backends.mps.is_available() and not torch.cuda.is_available():
-        log.warning("%s: bitsandbytes does not run on MPS; the language model stays in half precision", part)
-        return {}
-    from transformers import BitsAndBytesConfig
-
-    if config.quantization == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    compute = DTYPES[config.dtype or "bf16"]
-    return {
-        "dtype": compute,  # of embeddings, norms and head, which are not quantised
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-        ),
-    }
