@@ -145,4 +145,12 @@ class HFLanguageModelConfig:
         None, choices=("int8", "nf4"), help="of the base weights, by bitsandbytes; needs path"
     )
     attention: str = setting("sdpa", choices=("sdpa", "eager", "flash_attention_2", "flex_attention"))
+    scale_visual: bool = setting(
+        True,
+        help="visual tokens are multiplied as the embeddings of text are (Gemma, as in Mini-Gemini); "
+        "false: they are not, as in LLaVA of transformers",
+    )
+    router_loss: float | None = setting(
+        None, gt=0, help="weight of the load-balancing loss of a mixture of experts in training (Mixtral: 0.02)"
+    )
     gradient_checkpointing: bool = False
