@@ -1,4 +1,4 @@
-"""The layout of Mini-Gemini (Li et al. 2024): a language model as transformers 4 had it, with visual parts put into it."""
+"""The layout of Mini-Gemini (Li et al. 2024): a language model of transformers 4 with visual parts put into it."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ LANGUAGE = (
     Rule("model.*", _LM + "model.*"),
     Rule("lm_head.*", _LM + "lm_head.*"),
 )
-"""Llama, Gemma, Mixtral and Mistral. Its ``model.*`` takes what is left, so the rules of visual parts stand in front."""
+"""Llama, Gemma, Mistral, Mixtral. ``model.*`` takes what is left, so the rules of visual parts stand in front."""
