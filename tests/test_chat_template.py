@@ -115,3 +115,15 @@ def test_a_leading_answer_is_dropped_where_ours_does() -> None:
     config = dataclasses.replace(template("qa").config, leading_assistant="drop")
     turns = [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "a"}]
     assert written(config, turns) == "Question: a\n"
+
+
+def test_a_leading_answer_is_kept_where_ours_does() -> None:
+    settings = {"leading_assistant": "keep", "system": "s", "system_in_user": True}
+    config = dataclasses.replace(template("qa").config, **settings)
+    turns = [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "a"}]
+    ours = Template(config).render([Message(turn["role"], turn["content"]) for turn in turns])
+    assert (
+        written(config, turns)
+        == "".join(s.text for s in ours if isinstance(s, Text))
+        == "Answer: hi</s>\nQuestion: sa\n"
+    )

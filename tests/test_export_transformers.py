@@ -349,6 +349,11 @@ GEMMA = {"model_type": "gemma2", "num_key_value_heads": 1, "head_dim": 16}
         ("connector", {"hidden_size": 48}, "hidden_size: 48"),
         ("language_model", {"config": PHI}, "head of PhiForCausalLM has a bias"),
         ("language_model", {"attention": "eager", "config": GEMMA}, "capped at 30"),
+        (
+            "language_model",
+            {"attention": "eager", "config": GEMMA},
+            "scale_visual: visual tokens are multiplied by 5.65",
+        ),
         ("language_model", {"config": {"model_type": "granite", "logits_scaling": 4.0}}, "scaled by 0.25"),
     ],
 )

@@ -179,11 +179,12 @@ def test_golden_imp_prompts(generation: str, compared: Compared) -> None:
             messages = [Message(("user", "assistant")[k % 2], text) for k, text in enumerate(turns)]
             if "" in turns[1::2]:  # the original leaves the turn open and goes on
                 with pytest.raises(TemplateError, match="the answer is empty"):
-                    made.render(messages)
+                    made.render(messages, chat=True)
                 continue
-            rendered = "".join(s.text if isinstance(s, Text) else IMAGE_MARKER for s in made.render(messages))
+            segments = made.render(messages, chat=True)
+            rendered = "".join(s.text if isinstance(s, Text) else IMAGE_MARKER for s in segments)
             if "" in turns[::2]:  # the original writes the name of the role only; ours is a question like any other
-                config = made.config
+                config = made.chat_config
                 assert rendered.endswith(config.user_prefix + config.user_suffix + config.assistant_prefix)
             else:
                 compared.equal(rendered, expected)

@@ -190,6 +190,17 @@ def test_a_leading_assistant_may_be_dropped() -> None:
         rendered(messages[:1], **SIMPLE, leading_assistant="drop")
 
 
+def test_a_leading_assistant_may_be_kept() -> None:
+    messages = [Message("assistant", "hello"), *talk("q", "a")]
+    system: dict[str, Any] = {"system": "S", "system_in_user": True, "turn_separator": "+", "leading_assistant": "keep"}
+    assert rendered(messages, **SIMPLE, **system) == "A:[ hello.]+U:SqA:[ a.]"
+    assert rendered(messages[1:], **SIMPLE, **system) == "U:SqA:[ a.]"
+    with pytest.raises(TemplateError, match="no user turn"):
+        rendered(messages[:1], **SIMPLE, **system)
+    with pytest.raises(TemplateError, match="turn 2 is from 'assistant', but 'user' is due"):
+        rendered([*messages[:1], *messages[:1]], **SIMPLE, **system)
+
+
 def test_messages_are_not_changed() -> None:
     messages = talk("q", "a", system="s")
     before = [Message(m.role, m.content) for m in messages]

@@ -29,14 +29,17 @@ class Rule:
     """One name, or a family of names, of a file: what it is called in our model.
 
     Several of ours share the rows of one tensor of theirs evenly, in order (a fused Wqkv), or with ``copied`` have
-    all of it each (the A matrix of its adapter). Without ``ours`` it is ignored, and ``why`` is the reason. With
-    both, ``why`` is the reason for leaving out what is numbered higher than anything in the model.
+    all of it each (the A matrix of its adapter). The other way round ``stacked`` is ``(k, n)`` for the k-th of n
+    tensors whose rows make up one entry of ours, the number of the entry being the last ``#`` (an expert's matrices).
+    Without ``ours`` it is ignored, and ``why`` is the reason. With both, ``why`` is the reason for leaving out what is
+    numbered higher than anything in the model.
     """
 
     theirs: str
     ours: str | tuple[str, ...] | None = None
     why: str = ""
     copied: bool = False
+    stacked: tuple[int, int] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,7 +113,10 @@ class Format:
         """Tensors of our model by the names of the file, and those of ours for which it has no place."""
         done: dict[str, Tensor] = {}
         lost = []
-        for name in tensors:
+        for name, tensor in tensors.items():
+            if entries := self._unstacked(name, tensor):
+                done |= entries
+                continue
             theirs, ours = self._place(name)
             whole = [tensors[each] for each in ours if each in tensors]
             if theirs is None or len(whole) < len(ours):
@@ -120,6 +126,17 @@ class Format:
             elif len(ours) == 1 and not torch.equal(done[theirs], tensors[name]):  # should be one, but are two
                 lost.append(name)
         return done, lost
+
+    def _unstacked(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What the file calls the shares of a tensor of ours that is stacked; empty for any other."""
+        done = {}
+        for rule in self.rules:
+            found = _compiled(rule.names[0]).fullmatch(name) if rule.stacked else None
+            if found and rule.stacked:
+                share, shares = rule.stacked
+                for number, entry in enumerate(tensor):
+                    done[_fill(rule.theirs, (*found.groups(), str(number)))] = entry.chunk(shares)[share]
+        return done
 
     def _place(self, name: str) -> tuple[str | None, list[str]]:
         """What the file calls a tensor of ours, and which tensors of ours that one consists of."""
@@ -155,16 +172,41 @@ def translate(form: Format, tensors: Mapping[str, Tensor], own: Iterable[str] | 
     done = Translation({}, {}, {})
     known = None if own is None else set(own)
     modules = None if known is None else {m for name in known for m in _numbered(name)}
+    stacks: dict[str, dict[tuple[int, int], str]] = {}
     for name, tensor in tensors.items():
         rule, ours = _apply(form, name)
         surplus = modules is not None and rule and rule.why and not all(modules >= _numbered(each) for each in ours)
         if rule and (not ours or surplus):
             done.ignored.setdefault(rule.why, []).append(name)
             continue
+        if rule and rule.stacked:
+            stacks.setdefault(ours[0], {})[_last_number(rule, name), rule.stacked[0]] = name
+            continue
         shares = [tensor] * len(ours) if not rule or rule.copied or not tensor.dim() else tensor.chunk(len(ours))
         for each, share in zip(ours, shares, strict=False):  # what cannot be shared has another shape than is wanted
             done.tensors[each], done.theirs[each] = share, name
+    for each, names in stacks.items():
+        _stack(done, each, names, tensors)
     return done
+
+
+def _last_number(rule: Rule, name: str) -> int:
+    found = _compiled(rule.theirs).fullmatch(name)
+    assert found is not None
+    return int(found.groups()[-1])
+
+
+def _stack(done: Translation, ours: str, names: Mapping[tuple[int, int], str], tensors: Mapping[str, Tensor]) -> None:
+    """One tensor of ours from the named ones at (entry, share); where one is lacking they keep their names."""
+    entries, shares = (range(max(at[axis] for at in names) + 1) for axis in (0, 1))
+    if len(names) == len(entries) * len(shares):
+        parts = [[tensors[names[entry, share]] for share in shares] for entry in entries]
+        if parts[0][0].dim() and len({tensor.shape for part in parts for tensor in part}) == 1:
+            done.tensors[ours] = torch.stack([torch.cat(part) for part in parts])
+            done.theirs[ours] = names[0, 0]
+            return
+    for name in names.values():
+        done.tensors[name], done.theirs[name] = tensors[name], name
 
 
 def load_foreign(model: VisionLanguageModel, file: WeightFile, form: Format, key: str, part: str = "") -> LoadReport:

@@ -66,6 +66,8 @@ def _explain(file: WeightFile, model: VisionLanguageModel) -> str | None:
     tied = bool(getattr(getattr(language, "config", None), "tie_word_embeddings", False))
     if language is not None and not tied and not any(name.endswith("lm_head.weight") for name in file.tensors):
         return "it lacks the output head (lm_head.weight), and tie_word_embeddings of the language model is not set"
+    if (scale := model.language_model.embed_scale) != 1.0:
+        return f"its visual tokens are not multiplied by {scale:g}; set model.language_model.scale_visual: false"
     return None
 
 

@@ -142,6 +142,8 @@ def _language(language: Any) -> list[str]:
         wrong.append(f"{key}: the output head of {type(language.model).__name__} has a bias, that of LLaVA has none")
     if language.logit_scale != 1.0:
         wrong.append(f"{key}: its logits are scaled by {language.logit_scale:g}, those of LLaVA are not")
+    if language.embed_scale != 1.0:
+        wrong.append(f"{key}.scale_visual: visual tokens are multiplied by {language.embed_scale:g}, LLaVA's are not")
     if language.softcap is not None:
         wrong.append(f"{key}: its logits are capped at {language.softcap:g}, those of LLaVA are not")
     return wrong or _decoder(key, language)

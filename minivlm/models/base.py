@@ -127,6 +127,10 @@ class LanguageModel(PartModule):
 
     hidden_size: int
     vocab_size: int
+    embed_scale: float = 1.0
+    """What visual tokens are multiplied by, as :meth:`embed` multiplies those of text (Gemma: sqrt(hidden_size))."""
+    router_loss: float | None = None
+    """Weight of :meth:`forward_balanced`'s loss in training; None: it is not wanted."""
 
     def embed(self, ids: Tensor) -> Tensor:
         """[B, L] -> [B, L, hidden_size]."""
@@ -134,6 +138,10 @@ class LanguageModel(PartModule):
 
     def forward(self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
         """[B, L, hidden_size] -> final hidden states [B, L, hidden_size]."""
+        raise NotImplementedError
+
+    def forward_balanced(self, embeds: Tensor, attention_mask: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`forward`, and how unevenly a mixture of experts is used: a scalar, a mean over positions."""
         raise NotImplementedError
 
     def head(self, hidden: Tensor) -> Tensor:

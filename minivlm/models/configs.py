@@ -143,4 +143,12 @@ class HFLanguageModelConfig:
     dtype: str | None = setting(None, choices=("fp32", "bf16", "fp16"), help="storage of the weights")
     quantization: str | None = setting(None, choices=("int8", "nf4"), help="of the base weights, by bitsandbytes")
     attention: str = setting("sdpa", choices=("sdpa", "eager", "flash_attention_2", "flex_attention"))
+    scale_visual: bool = setting(
+        True,
+        help="visual tokens are multiplied as the embeddings of text are (Gemma, as in Mini-Gemini); "
+        "false: they are not, as in LLaVA of transformers",
+    )
+    router_loss: float | None = setting(
+        None, gt=0, help="weight of the load-balancing loss of a mixture of experts in training (Mixtral: 0.02)"
+    )
     gradient_checkpointing: bool = False

@@ -10,8 +10,10 @@ from torch import Tensor
 from minivlm.types import IMAGE_TOKEN_ID
 
 
-def splice(embeds: Tensor, input_ids: Tensor, visual: Tensor, kept: Sequence[int] | None = None) -> Tensor:
-    """Put visual tokens in the place of ``IMAGE_TOKEN_ID``, row by row in the order of the pictures.
+def splice(
+    embeds: Tensor, input_ids: Tensor, visual: Tensor, kept: Sequence[int] | None = None, scale: float = 1.0
+) -> Tensor:
+    """Put visual tokens, multiplied by ``scale``, in the place of ``IMAGE_TOKEN_ID``, row by row, picture by picture.
 
     ``embeds`` [B, L, D], ``input_ids`` [B, L], ``visual`` [N, T, D] with N * T image positions in all, or
     ``kept[k]`` of them for picture k, which takes the first of its tokens. Raises ValueError if the counts differ.
@@ -22,4 +24,7 @@ def splice(embeds: Tensor, input_ids: Tensor, visual: Tensor, kept: Sequence[int
     visual = visual.flatten(0, -2)
     if embeds.device.type != "meta" and int(mask.sum()) != len(visual):
         raise ValueError(f"{int(mask.sum())} image positions in the batch, but {len(visual)} visual tokens")
-    return embeds.masked_scatter(mask.unsqueeze(-1), visual.to(embeds.dtype))
+    visual = visual.to(embeds.dtype)
+    if scale != 1.0:
+        visual = visual * torch.tensor(scale, dtype=embeds.dtype)  # rounded to that type, as that of text is
+    return embeds.masked_scatter(mask.unsqueeze(-1), visual)

@@ -19,12 +19,18 @@ PARTS = ("vision_encoder", "connector", "language_model")
 
 @dataclass
 class VLMOutput:
-    """``loss`` is ``loss_sum / token_count`` (scalars); ``logits`` [B, L, vocabulary] only on request."""
+    """``loss`` is ``loss_sum / token_count`` (scalars); ``logits`` [B, L, vocabulary] only on request.
+
+    ``router_loss`` is the load-balancing loss of experts, in training with one. ``loss`` then holds it times its
+    weight, ``loss_sum`` times the tokens of the batch as well: a sum over batches and processes divided by the
+    tokens of all then holds the mean of the router losses, each weighted by the tokens of its batch.
+    """
 
     loss: Tensor | None = None
     loss_sum: Tensor | None = None
     token_count: Tensor | None = None
     logits: Tensor | None = None
+    router_loss: Tensor | None = None
 
 
 class VisionLanguageModel(nn.Module):
@@ -123,7 +129,7 @@ class VisionLanguageModel(nn.Module):
         if visual is None and batch.num_images:
             visual = self.encode_images(batch)
         if visual is not None:
-            return splice(embeds, batch.input_ids, visual, batch.image_tokens)
+            return splice(embeds, batch.input_ids, visual, batch.image_tokens, self.language_model.embed_scale)
         if embeds.device.type != "meta" and bool(is_image.any()):
             raise ValueError(f"{int(is_image.sum())} image positions in the batch, but no picture")
         if self.training and not self.is_frozen("connector"):
@@ -139,14 +145,21 @@ class VisionLanguageModel(nn.Module):
 
         With ``return_logits`` it runs everywhere and the logits [B, L, vocabulary] are returned as well.
         """
-        mask = batch.attention_mask
+        mask, language_model = batch.attention_mask, self.language_model
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         # Right padding stands behind every real token, so a causal model needs no mask for it.
         seen = mask if batch.padding_side == "left" else None
-        hidden = self.language_model(self.embed(batch), seen, positions)
-        output = VLMOutput(logits=self.language_model.head(hidden) if return_logits else None)
+        output = VLMOutput()
+        if self.training and language_model.router_loss is not None:
+            hidden, output.router_loss = language_model.forward_balanced(self.embed(batch), mask, positions)
+        else:
+            hidden = language_model(self.embed(batch), seen, positions)
+        if return_logits:
+            output.logits = language_model.head(hidden)
         if batch.labels is not None:
-            loss_sum, count = supervised_loss(hidden, batch.labels, self.language_model.head)
+            loss_sum, count = supervised_loss(hidden, batch.labels, language_model.head)
+            if output.router_loss is not None and language_model.router_loss is not None:
+                loss_sum = loss_sum + language_model.router_loss * output.router_loss * count
             output.loss_sum, output.token_count = loss_sum, count
             output.loss = loss_sum / count.clamp(min=1)
         return output

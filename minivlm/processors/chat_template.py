@@ -36,11 +36,12 @@ _PROMPT = """\
 {%- if turns and turns[0]['role'] == 'assistant' and leading_assistant == 'drop' -%}
 {%- set turns = turns[1:] -%}
 {%- endif -%}
+{%- set led = 1 if turns and turns[0]['role'] == 'assistant' and leading_assistant == 'keep' else 0 -%}
 {%- set system = system_prefix + system + system_suffix if system else '' -%}
 {%- set prompt -%}
 {{- '' if system_in_user else system -}}
 {%- for message in turns -%}
-{%- if message['role'] != ['user', 'assistant'][loop.index0 % 2] -%}
+{%- if message['role'] != ['user', 'assistant'][(loop.index0 + led) % 2] -%}
 {{- raise_exception('the user and the assistant must take turns') -}}
 {%- endif -%}
 {%- set content = content_of(message) -%}
@@ -54,7 +55,7 @@ _PROMPT = """\
 {%- if user_text == 'drop' -%}
 {%- set content = '<image>' * content.count('<image>') -%}
 {%- endif -%}
-{{- ('' if loop.first else turn_separator) + user_prefix + (system if system_in_user and loop.first else '') -}}
+{{- ('' if loop.first else turn_separator) + user_prefix + (system if system_in_user and loop.index0 == led else '') -}}
 {{- content.replace('<image>', image) + user_suffix -}}
 {%- else -%}
 {%- if not content.strip() -%}

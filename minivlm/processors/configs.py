@@ -43,7 +43,7 @@ class TemplateConfig:
     )
     bos: str = setting("auto", choices=("auto", "always", "never"), help="auto: as the tokenizer does by itself")
     supervise: str = setting("all", choices=("all", "last"), help="which answers are supervised")
-    leading_assistant: str = setting("error", choices=("error", "drop"), help="a first turn of the assistant")
+    leading_assistant: str = setting("error", choices=("error", "drop", "keep"), help="a first turn of the assistant")
     stop: list[str] = setting(factory=list, help="strings that end an answer")
     chat: dict[str, Any] = setting(factory=dict, help="keys that differ when the model is talked to")
 

@@ -74,6 +74,7 @@ class Template:
         config = self.chat_config if chat else self.config
         system, turns = _check_turns(config, messages)
         answers = [i for i, m in enumerate(turns) if m.role == "assistant" and m.content is not None]
+        first_user = next(i for i, m in enumerate(turns) if m.role == "user")
         segments: list[Segment] = []
         system_text = config.system_prefix + system + config.system_suffix if system else ""
         if not config.system_in_user:
@@ -82,7 +83,7 @@ class Template:
             if message.role == "user":
                 segments.append(Text(config.turn_separator if index else ""))
                 segments.append(Text(config.user_prefix))
-                segments.append(Text(system_text if config.system_in_user and index == 0 else ""))
+                segments.append(Text(system_text if config.system_in_user and index == first_user else ""))
                 segments += _user_content(config, message.content or "")
                 segments.append(Text(config.user_suffix))
                 continue
@@ -99,17 +100,18 @@ class Template:
 
 
 def _check_turns(config: TemplateConfig, messages: Sequence[Message]) -> tuple[str, list[Message]]:
-    """The system text and the turns behind it, which must alternate and begin with the user."""
+    """The system text and the turns behind it, which must alternate and begin with the user, or as the config lets."""
     system = config.system
     turns = list(messages)
     if turns and turns[0].role == "system":
         system = turns.pop(0).content or ""
     if turns and turns[0].role == "assistant" and config.leading_assistant == "drop":
         turns.pop(0)
-    if not turns:
+    led = [m.role for m in turns[:1]] == ["assistant"] and config.leading_assistant == "keep"
+    if len(turns) <= led:
         raise TemplateError("no user turn")
     for index, message in enumerate(turns):
-        expected = ("user", "assistant")[index % 2]
+        expected = ("user", "assistant")[(index + led) % 2]
         if message.role != expected:
             raise TemplateError(f"turn {index + 1} is from '{message.role}', but '{expected}' is due")
         if message.content is None and (message.role == "user" or index != len(turns) - 1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -54,6 +56,11 @@ class HFLanguageModel(LanguageModel):
         text = hf.get_text_config()
         self.softcap = getattr(text, "final_logit_softcapping", None)  # Gemma 2 and 3
         self.logit_scale = _logit_scale(text)
+        if config.scale_visual:
+            self.embed_scale = _embed_scale(self.model.get_input_embeddings())
+        if config.router_loss is not None:
+            self.router_loss = config.router_loss
+            self._balance = _load_balancing(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,10 +78,17 @@ class HFLanguageModel(LanguageModel):
 
     def forward(self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
         """[B, L, hidden_size] -> normed hidden states of the last layer, same shape."""
+        return self._decode(embeds, attention_mask, position_ids).last_hidden_state
+
+    def forward_balanced(self, embeds: Tensor, attention_mask: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The load-balancing loss over all layers' routers, padding left out (Switch Transformer, eq. 4 to 6)."""
+        output = self._decode(embeds, attention_mask, position_ids, output_router_logits=True)
+        return output.last_hidden_state, self._balance(output.router_logits, attention_mask)
+
+    def _decode(self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor, **options: Any) -> Any:
         decoder: nn.Module = self.model.get_decoder()
-        return decoder(
-            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        positions = {"attention_mask": attention_mask, "position_ids": position_ids}
+        return decoder(inputs_embeds=embeds, **positions, use_cache=False, **options)
 
     def head(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> logits [..., vocab_size], as the model's own forward computes them."""
@@ -108,3 +122,21 @@ def _logit_scale(config: Any) -> float:
     if getattr(config, "logits_scaling", None):  # Granite
         return 1.0 / float(config.logits_scaling)
     return 1.0
+
+
+def _embed_scale(embeddings: nn.Module) -> float:
+    """What an embedding layer multiplies by itself; models that do so behind it, such as Granite, scale all inputs."""
+    scale = getattr(embeddings, "scalar_embed_scale", None)  # Gemma, which keeps it as a buffer, too
+    return float(getattr(embeddings, "embed_scale", 1.0) if scale is None else scale)
+
+
+def _load_balancing(model: Any) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:
+    """The model's own load-balancing loss of router logits (one [B * L, experts] a layer) and mask [B, L]."""
+    loss = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    experts, top_k = getattr(model, "num_experts", None), getattr(model, "num_experts_per_tok", None)
+    if loss is None or experts is None or top_k is None:
+        raise ModelError(
+            f"model.language_model.router_loss: {type(model).__name__} has no mixture of experts with a "
+            "load-balancing loss; set it to null"
+        )
+    return lambda logits, mask: loss(logits, experts, top_k, mask)
