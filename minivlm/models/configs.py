@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minivlm.lavis.configs import LavisEnvironment
-from minivlm.schema import Part, setting
+from minivlm.schema import ModelPart, setting
 
 
 @dataclass
@@ -92,8 +92,8 @@ class ConvNeXtMultiscaleConfig:
 class DualVisionConfig:
     """A picture in two resolutions, each for an encoder of its own (Mini-Gemini)."""
 
-    low: Part = setting(part="vision_encoder", help="encoder of the low resolution, which gives the tokens")
-    high: Part = setting(part="vision_encoder", help="encoder of the high resolution, which gives the cells of a token")
+    low: ModelPart = setting(part="vision_encoder", help="encoder of the low resolution, which gives the tokens")
+    high: ModelPart = setting(part="vision_encoder", help="encoder of the high resolution, which gives the cells of a token")
     grid: int = setting(1, ge=1, help="grid x grid crops, each as large as the pictures of low (Mini-Gemini-HD: 2)")
     global_view: bool = setting(False, help="with grid above 1: also the whole picture, in front of the crops")
 
@@ -157,7 +157,7 @@ class PatchMergeConfig:
 class PatchInfoMiningConfig:
     """Mini-Gemini's patch info mining, and a connector behind it."""
 
-    projector: Part = setting(
+    projector: ModelPart = setting(
         factory=lambda: {"name": "mlp"}, part="connector", help="what turns the mined tokens into visual tokens"
     )
 
