@@ -22,7 +22,7 @@ class HFVisionConfig:
     class_token: str = setting("drop", choices=("drop", "keep", "only"), help="policy for the class token")
     final_norm: bool = setting(False, help="take the model's normed output instead of a hidden state")
     image_size: int | None = setting(None, ge=1, help="other input size: positions are interpolated")
-    mean: list[float] | None = setting(None, help="of the pixels it wants; default: as its folder says, else CLIP's or SigLIP's")
+    mean: list[float] | None = setting(None, help="of its pixels; default: as its folder says, else CLIP's or SigLIP's")
     std: list[float] | None = setting(None, gt=0, help="their deviation")
     gradient_checkpointing: bool = False
 
@@ -82,7 +82,7 @@ class ConvNeXtMultiscaleConfig:
     depths: list[int] | None = setting(None, ge=1, help="blocks of the four stages")
     widths: list[int] | None = setting(None, ge=1, help="channels of the four stages")
     image_size: int = setting(768, ge=32, help="any; the features have a cell for every 4 x 4 pixels")
-    mean: list[float] | None = setting(None, help="of the pixels it wants; default: as its folder says, else CLIP's")
+    mean: list[float] | None = setting(None, help="of its pixels; default: as its folder says, else CLIP's")
     std: list[float] | None = setting(None, gt=0, help="their deviation")
     drop_path_rate: float = setting(0.0, ge=0, lt=1, help="of the last block, while it trains; rises linearly from 0")
     gradient_checkpointing: bool = False
@@ -93,7 +93,7 @@ class DualVisionConfig:
     """A picture in two resolutions, each for an encoder of its own (Mini-Gemini)."""
 
     low: ModelPart = setting(part="vision_encoder", help="encoder of the low resolution, which gives the tokens")
-    high: ModelPart = setting(part="vision_encoder", help="encoder of the high resolution, which gives the cells of a token")
+    high: ModelPart = setting(part="vision_encoder", help="encoder of the high resolution, which gives their cells")
     grid: int = setting(1, ge=1, help="grid x grid crops, each as large as the pictures of low (Mini-Gemini-HD: 2)")
     global_view: bool = setting(False, help="with grid above 1: also the whole picture, in front of the crops")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,9 +34,9 @@ class PatchInfoMining(Connector):
                 "model.vision_encoder.name: dual"
             )
         self.low_size, self.high_size = low, high
-        self.query = nn.Sequential(nn.LayerNorm(low), nn.Linear(low, low))
-        self.key = nn.Sequential(nn.LayerNorm(high), nn.Linear(high, low))
-        self.value = nn.Sequential(nn.LayerNorm(high), nn.Linear(high, low))
+        self.query: Any = nn.Sequential(nn.LayerNorm(low), nn.Linear(low, low))
+        self.key: Any = nn.Sequential(nn.LayerNorm(high), nn.Linear(high, low))
+        self.value: Any = nn.Sequential(nn.LayerNorm(high), nn.Linear(high, low))
         tokens = VisionEncoder()  # what the projector sees of the encoder
         tokens.hidden_size, tokens.grid, tokens.num_tokens = low, encoder.grid, encoder.num_tokens
         self.projector: Connector = build_inner(

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from minivlm.models.base import ModelError, VisionEncoder, on_meta_device
@@ -22,17 +21,16 @@ from minivlm.models.vision.maps import new_features, resize_into
 _KEY = "model.vision_encoder"
 _TRUNK = "visual.trunk."
 _CLIP = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
-_VARIANTS = {
+Sizes = tuple[tuple[int, ...], tuple[int, ...]]
+_VARIANTS: dict[str, Sizes] = {
     "convnext_base_w_320": ((3, 3, 27, 3), (128, 256, 512, 1024)),
     "convnext_large_d_320": ((3, 3, 27, 3), (192, 384, 768, 1536)),
     "convnext_xxlarge": ((3, 4, 30, 3), (384, 768, 1536, 3072)),
 }
 _DEFAULT = "convnext_large_d_320"
-_EPS = {_VARIANTS["convnext_xxlarge"]: 1e-5}
+_EPS: dict[Sizes, float] = {_VARIANTS["convnext_xxlarge"]: 1e-5}
 """Of the norms, by the sizes: no shape tells it. All others have 1e-6."""
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-
-Sizes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class ConvNeXtMultiscale(VisionEncoder):

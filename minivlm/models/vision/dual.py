@@ -72,10 +72,17 @@ class DualVisionEncoder(VisionEncoder):
             for encoder in (self.low, self.high)
         )
         self.renormalise = low != high
+        self.scale: Tensor
+        self.shift: Tensor
         scale = [a / b for a, b in zip(low["std"], high["std"], strict=True)]
         shift = [(a - b) / c for a, b, c in zip(low["mean"], high["mean"], high["std"], strict=True)]
         self.register_buffer("scale", torch.tensor(scale).view(3, 1, 1), persistent=False)
         self.register_buffer("shift", torch.tensor(shift).view(3, 1, 1), persistent=False)
+
+    def fits(self, name: str, shape: torch.Size) -> bool:
+        """As the encoder says to which the tensor belongs."""
+        encoder, _, rest = name.partition(".")
+        return encoder in ("low", "high") and getattr(self, encoder).fits(rest, shape)
 
     def train(self, mode: bool = True) -> DualVisionEncoder:
         """Set train mode, except for an encoder that is frozen."""
