@@ -77,8 +77,10 @@ def _centred(x: Tensor) -> Tensor:
 def _inverse_deviation(cells: Tensor, eps: float) -> Tensor:
     """[N, T, M, A] -> fp32 [N, T, M], as a LayerNorm over the last dimension has it."""
     step = max(1, _CELLS.get(cells.device.type, 2**14) // cells[:, 0, :, 0].numel())
-    norms = [torch.linalg.vector_norm(_centred(part), dim=-1) for part in cells.split(step, dim=1)]
-    return (torch.cat(norms, dim=1).square() / cells.shape[-1] + eps).rsqrt()
+    norms = torch.empty(cells.shape[:-1], device=cells.device)  # small results in between would scatter the memory
+    for start in range(0, cells.shape[1], step):
+        norms[:, start : start + step] = torch.linalg.vector_norm(_centred(cells[:, start : start + step]), dim=-1)
+    return (norms.square() / cells.shape[-1] + eps).rsqrt()
 
 
 def _matrix(layer: nn.Module) -> tuple[Tensor, Tensor]:
