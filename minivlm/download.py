@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.io import TEMPORARY, atomic_folder, readable_size, write_json
+from minivlm.schema import walk_parts
 
 if TYPE_CHECKING:
     from minivlm.config import Experiment
@@ -98,14 +99,14 @@ def uses_of(experiment: Experiment) -> list[Use]:
     found: dict[str, dict[str, Use]] = {}
     for stage in experiment.stages:
         for part in ("vision_encoder", "connector", "language_model"):
-            config: Any = getattr(getattr(stage.model, part), "config", None)
-            for setting in ("path", "tokenizer"):
-                given = getattr(config, setting, None)
-                if isinstance(given, str) and is_hub_id(given):
-                    key = f"model.{part}.{setting}"
-                    model = Model(given, getattr(config, "revision", None), weights=setting == "path")
-                    use = Use(key, model, experiment.variables.get((stage.name, key)))
-                    found.setdefault(key, {})[stage.name] = use
+            for place, node in walk_parts(f"model.{part}", getattr(stage.model, part)):
+                for setting in ("path", "tokenizer"):
+                    given = getattr(node.config, setting, None)
+                    if isinstance(given, str) and is_hub_id(given):
+                        key = f"{place}.{setting}"
+                        model = Model(given, getattr(node.config, "revision", None), weights=setting == "path")
+                        use = Use(key, model, experiment.variables.get((stage.name, key)))
+                        found.setdefault(key, {})[stage.name] = use
     uses: list[Use] = []
     for key, by_stage in found.items():
         if len({use.model.id for use in by_stage.values()}) == 1:

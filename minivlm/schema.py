@@ -8,7 +8,7 @@ and so are the modules with the dataclasses, so that a typo is answered before a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,16 @@ class Part:
 
     name: str
     config: Any
+
+
+def walk_parts(key: str, part: Part | None) -> Iterator[tuple[str, Part]]:
+    """A part and the parts inside it (the encoders of ``dual``), each with its key."""
+    if part is not None:
+        yield key, part
+        for item in dataclasses.fields(part.config) if dataclasses.is_dataclass(part.config) else ():
+            inner = getattr(part.config, item.name)
+            if isinstance(inner, Part):
+                yield from walk_parts(f"{key}.{item.name}", inner)
 
 
 @dataclass

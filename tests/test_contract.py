@@ -36,12 +36,20 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
         },
         "efficientnet_lite0": {"pretrained": False, "image_size": 32, "block": 4},
         "eva_clip_g": {"image_size": 28, "width": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0},
+        "convnext_multiscale": {"depths": [1, 1, 2, 1], "widths": [4, 6, 8, 8], "image_size": 52},
+        "dual": {
+            "low": {"name": "hf", "config": TINY_VIT},
+            "high": {"name": "convnext_multiscale", "depths": [1] * 4, "widths": [4] * 4, "image_size": 64},
+            "grid": 2,
+            "global_view": True,
+        },
         "lavis": {"model": "fake_extractor", "type": "base", "device": "cpu"},
     },
     "connector": {
         "linear": {},
         "mlp": {"norm": True, "merge": 2},
         "patch_merge": {"factor": 2},
+        "patch_info_mining": {},
         "qformer": {
             "num_query_tokens": 3,
             "hidden_size": 16,
@@ -79,8 +87,12 @@ def build(kind: str, name: str, *arguments: Any) -> Any:
     return built
 
 
-def encoder() -> VisionEncoder:
-    return build("vision_encoder", "hf")
+ENCODER_OF = {"patch_info_mining": "dual"}
+"""Connectors that want another encoder than a plain one."""
+
+
+def encoder(connector: str) -> VisionEncoder:
+    return build("vision_encoder", ENCODER_OF.get(connector, "hf"))
 
 
 # --- every name -----------------------------------------------------------------------------------------------------
@@ -126,7 +138,7 @@ def test_every_encoder_keeps_what_it_declares(name: str) -> None:
 
 @pytest.mark.parametrize("name", registry.names("connector"))
 def test_every_connector_keeps_what_it_declares(name: str) -> None:
-    vision = encoder()
+    vision = encoder(name)
     built = build("connector", name, vision, 32)
     features = torch.randn(3, vision.num_tokens, vision.hidden_size, requires_grad=True)
     tokens = built(features)
@@ -165,6 +177,8 @@ def test_every_language_model_keeps_what_it_declares(name: str) -> None:
 def test_every_part_trains_inside_of_a_model(kind: str, name: str) -> None:
     section = tiny_model()
     section[kind] = {"name": name, **TINY[kind][name]}
+    if name in ENCODER_OF:
+        section["vision_encoder"] = {"name": ENCODER_OF[name], **TINY["vision_encoder"][ENCODER_OF[name]]}
     torch.manual_seed(0)
     model, processor, config = assemble(parse_model(section, "test"))
     assert to_container(parse_model(to_container(config), "test")) == to_container(config), "as a checkpoint holds it"

@@ -18,17 +18,25 @@ from minivlm.models.vlm import PARTS, VisionLanguageModel
 
 _LM = "language_model.model."
 _BUFFER = "buffers, which are computed anew"
-_TOWER = (
-    Rule("vision_tower.vision_tower.vision_model.head.*", why="of the pooling head, which is not used"),
-    Rule("vision_tower.vision_tower.vision_model.embeddings.position_ids", why=_BUFFER),
-    Rule("vision_tower.vision_tower.vision_model.*.#.*", "vision_encoder.model.*.#.*", "of layers that are not used"),
-    Rule("vision_tower.vision_tower.vision_model.*", "vision_encoder.model.*"),
-)
-_PROJECTOR = (
-    Rule("mm_projector.#.*", "connector.layers.#.*"),
-    Rule("mm_projector.*", "connector.linear.*"),
-)
-_VISUAL = (*_TOWER, *_PROJECTOR)
+
+
+def tower(ours: str) -> tuple[Rule, ...]:
+    """CLIP or SigLIP of transformers, which is ours below a prefix."""
+    theirs = "vision_tower.vision_tower.vision_model."
+    return (
+        Rule(theirs + "head.*", why="of the pooling head, which is not used"),
+        Rule(theirs + "embeddings.position_ids", why=_BUFFER),
+        Rule(theirs + "*.#.*", ours + "*.#.*", "of layers that are not used"),
+        Rule(theirs + "*", ours + "*"),
+    )
+
+
+def projector(ours: str) -> tuple[Rule, ...]:
+    """Connector ``mlp`` or ``linear``, which is ours below a prefix."""
+    return (Rule("mm_projector.#.*", ours + "layers.#.*"), Rule("mm_projector.*", ours + "linear.*"))
+
+
+_VISUAL = (*tower("vision_encoder.model."), *projector("connector."))
 
 _LLAVA = (
     Rule("*.rotary_emb.inv_freq", why=_BUFFER),
@@ -162,7 +170,7 @@ PROJECTOR = Format(
     "a projector of LLaVA's first stage",
     "model.connector.weights",
     ("**mm_projector.*",),
-    prefixed("**", _PROJECTOR),
+    prefixed("**", projector("connector.")),
     always=("connector.*",),
     sizes=_VISION_SIZES,
 )

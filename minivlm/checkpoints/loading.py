@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from minivlm.checkpoints import llava, llava_hf, minigpt4, native, parts
+from minivlm.checkpoints import llava, llava_hf, minigpt4, native, openclip, parts
 from minivlm.checkpoints.files import WeightFile, check_path, is_llava_folder, local_path, read_weights
 from minivlm.checkpoints.foreign import Format, check_foreign, load_foreign, matches
 from minivlm.checkpoints.report import CheckpointError, LoadReport, fill
@@ -18,9 +18,10 @@ from minivlm.models.hub import hash_tensors, join_hashes
 from minivlm.models.lora import base_state, file_name
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.paths import is_url, is_weight_file
+from minivlm.schema import walk_parts
 
 _CHECKPOINT = "model.checkpoint"
-FORMATS: tuple[Format, ...] = (*minigpt4.FORMATS, *llava_hf.FORMATS, *llava.FORMATS)
+FORMATS: tuple[Format, ...] = (*minigpt4.FORMATS, *llava_hf.FORMATS, *llava.FORMATS, *openclip.FORMATS)
 """Formats of other projects, the more telling ones first; a further one is one more key map."""
 
 OTHERS = (
@@ -58,11 +59,11 @@ def check_files(config: ModelConfig) -> None:
     """Refuse placeholders and files that do not exist, before anything large is loaded or fetched."""
     for part in PARTS:
         node = getattr(config, part)
-        key = f"model.{part}"
-        for setting in ("path", "tokenizer"):
-            check_path(f"{key}.{setting}", getattr(node.config, setting, None))
+        for key, inner in walk_parts(f"model.{part}", node):
+            for setting in ("path", "tokenizer"):
+                check_path(f"{key}.{setting}", getattr(inner.config, setting, None))
         if node.weights:
-            _check_file(f"{key}.weights", node.weights)
+            _check_file(f"model.{part}.weights", node.weights)
     if config.checkpoint and is_foreign(config.checkpoint):
         _check_file("model.checkpoint", config.checkpoint)
 

@@ -1,14 +1,22 @@
-"""The layout of Mini-Gemini (Li et al. 2024): a language model of transformers 4 with visual parts put into it."""
+"""The layout of Mini-Gemini (Li et al. 2024), later named MGM: a language model with visual parts put into it."""
 
 from __future__ import annotations
 
+from minivlm.checkpoints import llava
 from minivlm.checkpoints.foreign import Rule
 
-# --- language model ---------------------------------------------------------------------------------------------------
+_MINING = {"query": "query", "aux": "key", "val": "value"}
+VISUAL = (
+    *llava.tower("vision_encoder.low.model."),
+    Rule("vision_tower_aux.vision_stem.*", "vision_encoder.high.stem.*"),
+    Rule("vision_tower_aux.vision_stages.*", "vision_encoder.high.stages.*"),
+    *(Rule(f"vlm_uni_{theirs}_projector.*", f"connector.{ours}.*") for theirs, ours in _MINING.items()),
+    *llava.projector("connector.projector."),
+)
+"""Both encoders, mining and projector: behind ``model.`` in a whole model, behind nothing or a prefix otherwise."""
 
 _LM = "language_model.model."
 _MOE, _OUR_MOE = "model.layers.#.block_sparse_moe.", _LM + "model.layers.#.mlp."
-
 LANGUAGE = (
     Rule("*.rotary_emb.inv_freq", why="buffers, which are computed anew"),
     Rule(_MOE + "gate.*", _OUR_MOE + "gate.*"),

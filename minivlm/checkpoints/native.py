@@ -20,6 +20,7 @@ from minivlm.checkpoints.report import CheckpointError, LoadReport, fill
 from minivlm.config.experiment import ModelConfig, to_container
 from minivlm.config.source import read_yaml
 from minivlm.io import atomic_folder, write_json
+from minivlm.models.base import PartModule
 from minivlm.models.lora import file_name, is_adapter, other_alpha
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.paths import is_placeholder
@@ -110,11 +111,16 @@ def write_model(
 
 def _describe_inside(node: dict[str, Any], part: Any, complete: bool) -> None:
     """A part whose weights are all in the file must not ask for its base folder again."""
+    if complete and node.get("path"):
+        node |= part.built_from | {key: list(part.image_settings[key]) for key in ("mean", "std") if key in node}
     hf = getattr(getattr(part, "model", None), "config", None)
     if complete and node.get("path") and hf is not None:
         node["path"], node["config"] = None, json.loads(hf.to_json_string(use_diff=True))
     if complete and "pretrained" in node:
         node["pretrained"] = False
+    for name, inner in part.named_children():
+        if isinstance(inner, PartModule):  # of an encoder that consists of several
+            _describe_inside(node[name], inner, complete)
 
 
 def _image_node(processor: VLMProcessor) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from minivlm.io import TEMPORARY, write_atomic, write_json
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.fingerprint import code_of
 from minivlm.processors.processor import VLMProcessor
+from minivlm.schema import Part
 
 FORMAT = 2
 ABOUT = "about.json"
@@ -219,6 +220,9 @@ def _settings(given: Any, module: nn.Module) -> dict[str, Any]:
     if dataclasses.is_dataclass(given):
         given = {field.name: getattr(given, field.name) for field in dataclasses.fields(given) if field.repr}
     kept = {key: value for key, value in (given or {}).items() if key not in WITHOUT_EFFECT}
+    for key, value in kept.items():
+        if isinstance(value, Part):  # is the child of that name
+            kept[key] = {"name": value.name, **_settings(value.config, getattr(module, key))}
     lora: Any = getattr(module, "lora", None)
     if lora:
         kept["lora"] = dataclasses.asdict(lora)  # alpha is no weight

@@ -31,6 +31,8 @@ class PartModule(nn.Module):
     """Names of the parameters of the adapters; empty without them."""
     quantization: str | None = None
     """How its base weights are quantised (int8, nf4); such weights neither train nor take adapters in."""
+    built_from: Mapping[str, Any] = {}
+    """Settings that say, in place of ``path``, what it is built of, once its weights are elsewhere."""
     can_train: bool = True
     """False if the weights are out of reach, so that the part is frozen whatever happens."""
 

@@ -92,3 +92,18 @@ def build_part(kind: str, part: Any, *arguments: Any, given: bool = False) -> An
         raise
     except Exception as error:
         raise ModelError(f"model.{kind} ({part.name}) cannot be built: {type(error).__name__}: {error}") from error
+
+
+def build_inner(key: str, kind: str, part: Any, *arguments: Any) -> Any:
+    """A part inside another one, named by ``key``; its parameters train, and have adapters, as the outer one says.
+
+    Raises :class:`ModelError`.
+    """
+    outer, _, name = key.rpartition(".")
+    for setting in ("freeze", "init_lr", "weights", "lora"):
+        if getattr(part, setting, None) is not None:
+            raise ModelError(f"{key}.{setting}: give it as {outer}.{setting}; names of parameters begin with `{name}.`")
+    try:
+        return build_part(kind, part, *arguments)
+    except ModelError as error:
+        raise ModelError(str(error).replace(f"model.{kind}", key)) from error

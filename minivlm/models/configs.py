@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minivlm.lavis.configs import LavisEnvironment
-from minivlm.schema import setting
+from minivlm.schema import ModelPart, setting
 
 
 @dataclass
@@ -22,6 +22,8 @@ class HFVisionConfig:
     class_token: str = setting("drop", choices=("drop", "keep", "only"), help="policy for the class token")
     final_norm: bool = setting(False, help="take the model's normed output instead of a hidden state")
     image_size: int | None = setting(None, ge=1, help="other input size: positions are interpolated")
+    mean: list[float] | None = setting(None, help="of its pixels; default: as its folder says, else CLIP's or SigLIP's")
+    std: list[float] | None = setting(None, gt=0, help="their deviation")
     gradient_checkpointing: bool = False
 
 
@@ -65,6 +67,35 @@ class EvaClipGConfig:
         help="storage of convolutions and linear layers; an encoder that trains becomes fp32",
     )
     gradient_checkpointing: bool = False
+
+
+@dataclass
+class ConvNeXtMultiscaleConfig:
+    """All four stages of a ConvNeXt, joined; sizes come from ``depths`` and ``widths``, ``path`` or ``variant``."""
+
+    path: str | None = setting(None, help="OpenCLIP's file of weights, or its folder")
+    variant: str | None = setting(
+        None,
+        choices=("convnext_base_w_320", "convnext_large_d_320", "convnext_xxlarge"),
+        help="sizes by OpenCLIP's name; default without path: convnext_large_d_320",
+    )
+    depths: list[int] | None = setting(None, ge=1, help="blocks of the four stages")
+    widths: list[int] | None = setting(None, ge=1, help="channels of the four stages")
+    image_size: int = setting(768, ge=32, help="any; the features have a cell for every 4 x 4 pixels")
+    mean: list[float] | None = setting(None, help="of its pixels; default: as its folder says, else CLIP's")
+    std: list[float] | None = setting(None, gt=0, help="their deviation")
+    drop_path_rate: float = setting(0.0, ge=0, lt=1, help="of the last block, while it trains; rises linearly from 0")
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class DualVisionConfig:
+    """A picture in two resolutions, each for an encoder of its own (Mini-Gemini)."""
+
+    low: ModelPart = setting(part="vision_encoder", help="encoder of the low resolution, which gives the tokens")
+    high: ModelPart = setting(part="vision_encoder", help="encoder of the high resolution, which gives their cells")
+    grid: int = setting(1, ge=1, help="grid x grid crops, each as large as the pictures of low (Mini-Gemini-HD: 2)")
+    global_view: bool = setting(False, help="with grid above 1: also the whole picture, in front of the crops")
 
 
 @dataclass(kw_only=True)
@@ -120,6 +151,15 @@ class PatchMergeConfig:
     """Neighbours in a row joined into one token, and a linear layer (MiniGPT-4 on Llama-2, MiniGPT-v2)."""
 
     factor: int = setting(4, ge=1, help="consecutive patch tokens that become one")
+
+
+@dataclass
+class PatchInfoMiningConfig:
+    """Mini-Gemini's patch info mining, and a connector behind it."""
+
+    projector: ModelPart = setting(
+        factory=lambda: {"name": "mlp"}, part="connector", help="what turns the mined tokens into visual tokens"
+    )
 
 
 @dataclass

@@ -80,7 +80,7 @@ def source_of(path: str, revision: str | None) -> dict[str, str]:
     """Where weights came from: a hub id, or a folder, which has a hash of its tensors (:func:`hash_tensors`)."""
     source = {"path": path} | ({"revision": revision} if revision else {})
     if Path(path).is_dir():
-        source["sha256"] = hash_tensors(_tensors(weight_files(Path(path))))
+        source["sha256"] = hash_tensors(read_tensors(weight_files(Path(path))))
     return source
 
 
@@ -126,7 +126,8 @@ def read_torch(file: Path) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
 
 
-def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of files of safetensors or torch, which are mapped into memory."""
     from safetensors import safe_open
 
     for file in files:

@@ -116,7 +116,9 @@ class VisionLanguageModel(nn.Module):
         return self._connect(batch.features if batch.features is not None else self.extract_features(batch.pixels))
 
     def _connect(self, features: Tensor) -> Tensor:
-        features = features.to(_dtype(self.connector, features.dtype))
+        kind = features.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):  # which casts where it must, in the narrower type
+            features = features.to(_dtype(self.connector, features.dtype))
         return self.connector.finish(features) if self.has_frozen_front else self.connector(features)
 
     def embed(self, batch: Batch, visual: Tensor | None = None) -> Tensor:

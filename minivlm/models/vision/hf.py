@@ -122,15 +122,16 @@ def _image_settings(config: HFVisionConfig, size: int, model_type: str) -> dict[
     """The checkpoint's own preprocessor_config.json in our words; SigLIP's or CLIP's values without one."""
     statistics = {"mean": [0.5] * 3, "std": [0.5] * 3} if "siglip" in model_type else _OPENAI_CLIP
     settings: dict[str, Any] = {"size": size, "resize": "squash", "interpolation": "bicubic", **statistics}
+    own = {key: value for key, value in (("mean", config.mean), ("std", config.std)) if value}
     if config.path is None:
-        return settings
+        return settings | own
     from transformers.utils import cached_file
 
     try:
         file = cached_file(config.path, "preprocessor_config.json", revision=config.revision)
     except OSError:  # it has none
-        return settings
-    return settings | picture_settings(json.loads(Path(str(file)).read_text(encoding="utf-8")))
+        return settings | own
+    return settings | picture_settings(json.loads(Path(str(file)).read_text(encoding="utf-8"))) | own
 
 
 def picture_settings(raw: Mapping[str, Any]) -> dict[str, Any]:

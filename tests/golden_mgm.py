@@ -1,0 +1,113 @@
+"""The golden set of Mini-Gemini's visual half: where it lies, its sizes as our settings, its weights by our names."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ROOT, tiny_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from minivlm.checkpoints.foreign import Format, prefixed, translate
+from minivlm.checkpoints.mgm import VISUAL
+from minivlm.config.loader import parse_model
+from minivlm.models.base import VisionEncoder
+from minivlm.models.build import build_part
+from minivlm.models.connectors.patch_info_mining import PatchInfoMining
+from minivlm.models.vision.dual import DualVisionEncoder
+from minivlm.processors.configs import ImageConfig
+from minivlm.processors.image import ImageTransform, open_image
+
+DEFAULT = ROOT / "tests" / "golden" / "mini_gemini"
+GOLDEN = Path(os.environ.get("MINIVLM_GOLDEN", ROOT / "tests" / "golden")) / "mini_gemini"
+
+
+def golden_json(name: str) -> Any:
+    """A JSON file of the set."""
+    return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
+
+
+@cache
+def golden_tensors(name: str) -> dict[str, Tensor]:
+    """A file of tensors of the set."""
+    return load_file(GOLDEN / name)
+
+
+def parts(folder: str, **changes: Any) -> dict[str, Any]:
+    """The nodes of encoder and connector of a configuration of the original."""
+    given = golden_json(f"{folder}/config.json")
+    clip, convnext = golden_json("towers/clip_config.json"), golden_json("towers/convnext_config.json")
+    dual = {
+        "name": "dual",
+        "low": {"name": "hf", "config": clip, "layer": given["mm_vision_select_layer"]},
+        "high": {
+            "name": "convnext_multiscale",
+            "depths": convnext["depths"],
+            "widths": convnext["dims"],
+            "image_size": given["image_size_aux"],
+            **convnext["preprocess_cfg"],
+        },
+        "grid": given["image_grid"],
+        "global_view": given["image_global"],
+        **changes,
+    }
+    return {"vision_encoder": dual, "connector": {"name": "patch_info_mining"}}
+
+
+@cache
+def visual(folder: str, **changes: Any) -> tuple[DualVisionEncoder, PatchInfoMining]:
+    """Encoder and connector of a configuration with the weights of the original, which HD shares with the base."""
+    given = golden_json(f"{folder}/config.json")
+    section = parse_model({**tiny_model(), **parts(folder, **changes)}, "golden set")
+    encoder: VisionEncoder = build_part("vision_encoder", section.vision_encoder)
+    connector = build_part("connector", section.connector, encoder, given["hidden_size"])
+    model = nn.ModuleDict({"vision_encoder": encoder, "connector": connector})
+    source = folder if (GOLDEN / folder / "model.safetensors").is_file() else folder.replace("hd", "base")
+    form = Format("Mini-Gemini", "model.checkpoint", ("*",), prefixed("model.", VISUAL), always=())
+    tensors = translate(form, golden_tensors(f"{source}/model.safetensors"), model.state_dict()).tensors
+    model.load_state_dict({n: t for n, t in tensors.items() if n.startswith(("vision_encoder.", "connector."))})
+    assert isinstance(encoder, DualVisionEncoder) and isinstance(connector, PatchInfoMining)
+    return encoder.eval(), connector.eval()
+
+
+def pixels(encoder: VisionEncoder, mode: str, name: str) -> Tensor:
+    """A picture of the set as the encoder takes it, in one of the original's two modes."""
+    settings = ImageConfig(resize={"pad": "pad", "square": "shortest_edge"}[mode])
+    return ImageTransform(settings, encoder.image_settings)(open_image(GOLDEN / "images" / name))
+
+
+def training_pixels(encoder: VisionEncoder, folder: str) -> Tensor:
+    """The pictures of the training records; one without has zeros, as the original fills its place."""
+    mode = golden_json(f"{folder}/config.json")["image_aspect_ratio"]
+    size = encoder.image_settings["size"]
+    records = golden_json("train_samples.json")
+    rows = [pixels(encoder, mode, r["image"]) if "image" in r else torch.zeros(3, size, size) for r in records]
+    return torch.stack(rows)
+
+
+class Compared:
+    """Comparisons with the golden numbers, counted."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def close(self, ours: Tensor, golden: Tensor | None, tolerance: float = 1e-4) -> None:
+        """Equal up to ``tolerance``; another set than the default copy may lack the tensor (None)."""
+        if golden is not None:
+            torch.testing.assert_close(ours.detach().float(), golden.float(), rtol=0, atol=tolerance)
+            self.count += 1
+
+
+@pytest.fixture
+def compared() -> Iterator[Compared]:
+    """Fails a test that has compared nothing, but where another set lacks what it wants."""
+    counter = Compared()
+    yield counter
+    assert counter.count > 0 or GOLDEN != DEFAULT, "nothing was compared"
