@@ -25,6 +25,7 @@ from minivlm.checkpoints.files import (
 from minivlm.checkpoints.llava import lora_alpha
 from minivlm.checkpoints.llava_hf import describe_config
 from minivlm.checkpoints.loading import identify
+from minivlm.checkpoints.mgm_folder import with_second_encoder
 from minivlm.checkpoints.report import CheckpointError
 from minivlm.models.hub import weight_files
 from minivlm.models.vision.hf import picture_settings
@@ -95,7 +96,7 @@ def describe(folder: Path, own: Container[str] = ()) -> dict[str, Any]:
         encoder: dict[str, Any] = {"name": "hf", "weights": whole if held else None}
     else:
         encoder = _vision_encoder(folder, settings, tower, held, siglip)
-    return {
+    section = {
         "vision_encoder": encoder,
         "connector": {**_connector(settings), "weights": whole},
         "language_model": language,
@@ -103,6 +104,7 @@ def describe(folder: Path, own: Container[str] = ()) -> dict[str, Any]:
         "processor": _processor(settings, Path(tower), siglip),
         "checkpoint": None if whole else str(folder),
     }
+    return with_second_encoder(section, settings, file, kind) if "mm_vision_tower_aux" in settings else section
 
 
 def _get(settings: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:

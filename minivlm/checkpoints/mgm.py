@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minivlm.checkpoints import llava
-from minivlm.checkpoints.foreign import Rule
+from minivlm.checkpoints.foreign import Format, Rule, Size, prefixed
 
 _MINING = {"query": "query", "aux": "key", "val": "value"}
 VISUAL = (
@@ -27,3 +27,28 @@ LANGUAGE = (
     Rule("lm_head.*", _LM + "lm_head.*"),
 )
 """Llama, Gemma, Mistral, Mixtral. ``model.*`` takes what is left, so the rules of visual parts stand in front."""
+
+_RULES = (*prefixed("model.", VISUAL), *LANGUAGE)
+_UNUSED_NORM = ("vision_encoder.low.model.post_layernorm.*",)
+MGM = Format(
+    "a model of Mini-Gemini",
+    "model.checkpoint",
+    ("model.vlm_uni_query_projector.*", "model.layers.#.*"),
+    _RULES,
+    always=(),
+    initial=_UNUSED_NORM,
+    sizes=(
+        Size("width of the language model", "model.language_model", "connector.projector.layers.2.weight", 0),
+        Size("width of the low encoder", "model.vision_encoder.low", "connector.query.0.weight", 0),
+        Size("width of the high encoder", "model.vision_encoder.high", "connector.key.0.weight", 0),
+    ),
+    base=True,
+)
+PROJECTOR = Format(
+    "mining and projector of Mini-Gemini's first stage",
+    "model.checkpoint",
+    ("**vlm_uni_query_projector.*",),
+    prefixed("**", VISUAL),
+    always=("connector.*",),
+)
+FORMATS = (MGM, PROJECTOR)
