@@ -300,7 +300,7 @@ def test_freezing_by_glob() -> None:
     rows = {row.part: row for row in part_table(model, config, 1e-3)}
     trainable = sum(p.numel() for p in model.language_model.parameters() if p.requires_grad)
     assert rows["language_model"].trainable == trainable < rows["language_model"].parameters
-    assert rows["vision_encoder"].trainable == 0 and rows["vision_encoder"].init_lr is None
+    assert rows["vision_encoder"].trainable == 0 and not rows["vision_encoder"].rates
 
 
 def test_freezing_can_be_undone_and_a_glob_must_match() -> None:

@@ -108,7 +108,10 @@ class _Builder:
         typed = self.value(value, hint, path)
         if typed is _BAD or typed is None:
             return typed
-        for key, item in enumerate(typed) if isinstance(typed, list) else [(None, typed)]:
+        items: Any = [(None, typed)]
+        if isinstance(typed, (list, dict)):
+            items = enumerate(typed) if isinstance(typed, list) else typed.items()
+        for key, item in items:
             wrong = limits(item, field.metadata)
             if wrong:
                 typed = self.fault(path if key is None else (*path, str(key)), wrong)

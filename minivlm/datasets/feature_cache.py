@@ -33,7 +33,7 @@ STALE_SECONDS = 600
 """A file takes seconds to write; an unfinished one of this age was left behind by a kill."""
 WITHOUT_EFFECT = frozenset(
     {"path", "revision", "weights", "checkpoint", "pretrained"}  # the weights themselves are hashed
-    | {"gradient_checkpointing", "drop_path_rate", "dropout"}  # of training
+    | {"gradient_checkpointing", "drop_path_rate", "drop_path_when_frozen", "dropout"}  # of training
 )
 """Settings that do not change what a frozen part says of a picture."""
 INERT = ("Dropout", "DropPath", "Identity")
@@ -77,6 +77,11 @@ class FeatureCache:
         """
         if not model.is_frozen("vision_encoder"):
             raise FeatureCacheError("run.feature_cache needs a frozen encoder: set model.vision_encoder.freeze: true")
+        if model.vision_encoder.is_random_when_frozen:
+            raise FeatureCacheError(
+                "run.feature_cache keeps what an encoder says of a picture, which differs at every step while it drops "
+                "paths: set drop_path_when_frozen: false in model.vision_encoder (of dual: in low and high)"
+            )
         if any(getattr(t, "is_random", False) for t in processor.transforms.values()):
             raise FeatureCacheError(
                 "run.feature_cache keeps what an encoder says of a picture, so it must be the same every time: set "

@@ -46,6 +46,15 @@ class PartModule(nn.Module):
         """The layer that gives the logits, None for a part without one."""
         return None
 
+    @property
+    def is_random_when_frozen(self) -> bool:
+        """Whether it draws at random in training although nothing of it trains, so that no output can be kept."""
+        return False
+
+    def train_frozen(self, mode: bool) -> None:
+        """What ``train(mode)`` means while nothing of it trains: eval mode, unless its recipe asks for more."""
+        self.eval()
+
     def fits(self, name: str, shape: torch.Size) -> bool:
         """Whether ``load_state_dict`` takes a tensor of another shape, as positions of another picture size."""
         return False

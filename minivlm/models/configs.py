@@ -85,7 +85,16 @@ class ConvNeXtMultiscaleConfig:
     mean: list[float] | None = setting(None, help="of its pixels; default: as its folder says, else CLIP's")
     std: list[float] | None = setting(None, gt=0, help="their deviation")
     drop_path_rate: float = setting(0.0, ge=0, lt=1, help="of the last block, while it trains; rises linearly from 0")
+    drop_path_when_frozen: bool = setting(
+        False,
+        help="drop paths in training also while it is frozen, as the original of Mini-Gemini did (drop_path_rate: 0.1) "
+        "and its published weights were trained; every step then sees other features, so run.feature_cache is refused",
+    )
     gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.drop_path_when_frozen and not self.drop_path_rate:
+            raise ValueError("drop_path_when_frozen drops nothing without a drop_path_rate; Mini-Gemini's is 0.1")
 
 
 @dataclass

@@ -1,8 +1,9 @@
-"""What trains: freezing by part and by glob, and the optimiser's parameter groups."""
+"""What trains: freezing by part and by glob, learning rates by glob, and the optimiser's parameter groups."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,12 +20,13 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
 def apply_freeze(part: str, module: PartModule, freeze: bool | list[str] | None) -> None:
-    """Set ``requires_grad`` of a part's parameters: all, or those whose name no glob matches.
+    """Set ``requires_grad`` of a part's parameters: all, or those that a list of globs leaves out.
 
-    Of a part with adapters (its ``adapter_parameters``) the base never trains, and the adapters train
-    unless a glob names them: ``freeze: true`` means the base. What trains is not kept in half precision,
-    where small updates vanish (of bf16 the most): the whole part becomes fp32. Raises :class:`ModelError` for a glob
-    that matches nothing, and for a part that is asked to train and cannot.
+    Of several globs that match a name the last one counts, and one behind ``!`` lets it train, as in a .gitignore
+    file: ``["*", "!high.stages.*"]`` freezes all but those. Of a part with adapters (its ``adapter_parameters``) the
+    base never trains, and the adapters train unless a glob names them: ``freeze: true`` means the base. What trains is
+    not kept in half precision, where small updates vanish (of bf16 the most): the whole part becomes fp32. Raises
+    :class:`ModelError` for a glob that matches nothing, and for a part that is asked to train and cannot.
     """
     if not module.can_train:
         if freeze not in (None, True):
@@ -33,7 +35,7 @@ def apply_freeze(part: str, module: PartModule, freeze: bool | list[str] | None)
     named = list(module.named_parameters())
     globs = freeze if isinstance(freeze, list) else []
     for glob in globs:
-        if not any(fnmatchcase(file_name(name), glob) for name, _ in named):
+        if not any(fnmatchcase(file_name(name), glob.removeprefix("!")) for name, _ in named):
             raise ModelError(
                 f"model.{part}.freeze: '{glob}' matches no parameter; names look like "
                 + ", ".join(file_name(name) for name, _ in named[:3])
@@ -46,66 +48,100 @@ def apply_freeze(part: str, module: PartModule, freeze: bool | list[str] | None)
         )
     for name, parameter in named:
         trains = name in adapters if adapters else freeze is not True
-        parameter.requires_grad_(trains and not any(fnmatchcase(file_name(name), glob) for glob in globs))
+        parameter.requires_grad_(trains and not _is_frozen_by(globs, file_name(name)))
     if any(parameter.requires_grad and parameter.dtype in _HALF for _, parameter in named):
         module.float()
 
 
+def _is_frozen_by(globs: Sequence[str], name: str) -> bool:
+    last = next((glob for glob in reversed(globs) if fnmatchcase(name, glob.removeprefix("!"))), "!")
+    return not last.startswith("!")
+
+
+def lr_factors(model: VisionLanguageModel, lr_multi: Mapping[str, float]) -> dict[str, float]:
+    """Factor on the learning rate by the name of a trainable parameter; those that no glob matches are left out.
+
+    Names are those of checkpoints, and the first glob that matches counts. Raises :class:`ModelError` for a glob that
+    matches no trainable parameter, unless its factor is 1, by which a stage undoes what a file below it says.
+    """
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    factors: dict[str, float] = {}
+    for glob, factor in lr_multi.items():
+        matched = [name for name in trainable if fnmatchcase(file_name(name), glob)]
+        if not matched and factor != 1:
+            raise ModelError(
+                f"run.lr_multi: '{glob}' matches no parameter that trains; names look like "
+                + (", ".join(file_name(name) for name in trainable[:3]) or "nothing, since all is frozen")
+            )
+        for name in matched:
+            factors.setdefault(name, factor)
+    return factors
+
+
 @dataclass
 class PartRow:
-    """One line of the table of what trains."""
+    """One line of the table of what trains; ``rates`` says how many parameters have each peak learning rate."""
 
     part: str
     parameters: int
     trainable: int
     dtype: str
-    init_lr: float | None
+    rates: dict[float, int]
 
 
-def part_table(model: VisionLanguageModel, model_config: Any, init_lr: float) -> list[PartRow]:
-    """Part by part: parameters, how many train, their type and their learning rate."""
+def part_table(
+    model: VisionLanguageModel, model_config: Any, init_lr: float, lr_multi: Mapping[str, float] | None = None
+) -> list[PartRow]:
+    """Part by part: parameters, how many train, their type and their learning rates."""
+    factors = lr_factors(model, lr_multi or {})
     rows = []
     for part in PARTS:
-        parameters = list(getattr(model, part).parameters())
-        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        named = list(getattr(model, part).named_parameters())
         lr = getattr(model_config, part).init_lr or init_lr
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
-        rows.append(
-            PartRow(part, sum(p.numel() for p in parameters), trainable, ", ".join(dtypes), lr if trainable else None)
-        )
+        rates: Counter[float] = Counter()
+        for name, p in named:
+            if p.requires_grad:
+                rates[lr * factors.get(f"{part}.{name}", 1.0)] += p.numel()
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for _, p in named})
+        count = sum(p.numel() for _, p in named)
+        rows.append(PartRow(part, count, rates.total(), ", ".join(dtypes), dict(sorted(rates.items()))))
     return rows
 
 
 def parameter_groups(
-    model: VisionLanguageModel, model_config: Any, init_lr: float, weight_decay: float
+    model: VisionLanguageModel,
+    model_config: Any,
+    init_lr: float,
+    weight_decay: float,
+    lr_multi: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW: per part with and without weight decay, each with ``lr_scale``.
+    """Groups for AdamW: per part with and without weight decay and by factor of its rate, each with ``lr_scale``.
 
     Biases, norms and embeddings' one-dimensional parameters do not decay; the module's class decides,
-    not a part of its name. Raises :class:`ModelError` when nothing trains.
+    not a part of its name. ``lr_multi`` is that of :func:`lr_factors`. Raises :class:`ModelError` when nothing trains.
     """
+    factors = lr_factors(model, lr_multi or {})
     groups = []
     for part in PARTS:
         module = getattr(model, part)
-        lr = getattr(model_config, part).init_lr or init_lr
         undecayed = _undecayed(module)
-        for decays in (True, False):
-            named = [
-                (f"{part}.{name}", p)
-                for name, p in module.named_parameters()
-                if p.requires_grad and (id(p) not in undecayed) == decays
-            ]
-            if named:
-                groups.append(
-                    {
-                        "name": f"{part}{'' if decays else ' (no decay)'}",
-                        "params": [p for _, p in named],
-                        "param_names": [name for name, _ in named],
-                        "weight_decay": weight_decay if decays else 0.0,
-                        "lr": lr,
-                        "lr_scale": lr / init_lr,
-                    }
-                )
+        found: dict[tuple[bool, float], list[tuple[str, nn.Parameter]]] = {}
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                full = f"{part}.{name}"
+                found.setdefault((id(p) not in undecayed, factors.get(full, 1.0)), []).append((full, p))
+        for (decays, factor), named in sorted(found.items(), key=lambda item: (not item[0][0], item[0][1])):
+            lr = (getattr(model_config, part).init_lr or init_lr) * factor
+            groups.append(
+                {
+                    "name": f"{part}{'' if factor == 1 else f' x {factor:g}'}{'' if decays else ' (no decay)'}",
+                    "params": [p for _, p in named],
+                    "param_names": [name for name, _ in named],
+                    "weight_decay": weight_decay if decays else 0.0,
+                    "lr": lr,
+                    "lr_scale": lr / init_lr,
+                }
+            )
     if not groups:
         raise ModelError("nothing trains: every part is frozen; set model.<part>.freeze: false for one")
     return groups

@@ -89,11 +89,11 @@ class VisionLanguageModel(nn.Module):
             self.connector.move_front(device)
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
-        """Set train mode, except for parts that are frozen as a whole."""
+        """Set train mode, except for parts that are frozen as a whole; see :meth:`PartModule.train_frozen`."""
         super().train(mode)
         for part in PARTS:
             if self.is_frozen(part):
-                getattr(self, part).eval()
+                getattr(self, part).train_frozen(mode)
         return self
 
     def extract_features(self, pixels: dict[str, Tensor]) -> Tensor:

@@ -26,6 +26,7 @@ from minivlm.runners.gpu_table import gpu_table, has_base
 from minivlm.runners.memory import inference_table, training_table
 from minivlm.runners.precision import resolve_precision
 from minivlm.runners.schedules import make_schedule, warmup_steps
+from minivlm.runners.zero_table import wants_zero_table, zero_table
 from minivlm.types import SampleError
 
 
@@ -39,13 +40,17 @@ def dry_run(experiment: Experiment, console: Console) -> bool:
         if number and stage.model.checkpoint is None:
             console.print(f"starts from the model of stage {experiment.stages[number - 1].name}")
         model, processor, stage.model = assemble_shapes(stage.model)
-        console.print(_parts(part_table(model, stage.model, stage.run.init_lr)))
+        lr_multi = {} if stage.run.evaluate else stage.run.lr_multi
+        console.print(_parts(part_table(model, stage.model, stage.run.init_lr, lr_multi)))
         if stage.run.evaluate:
             fine &= _show_evaluation(stage, processor, console)
         elif not stage.datasets:
             console.print("\nno datasets: there is a model to talk to, and nothing to train")
         else:
             fine &= _show_data(stage, model, processor, console)
+            if wants_zero_table(stage, model):
+                precision = resolve_precision(stage.run.precision, resolve_device(stage.run.device))
+                console.print(zero_table(stage, model, precision, processor.config.max_length))
         console.print(inference_table(stage, model, processor))
     return fine
 
@@ -53,8 +58,9 @@ def dry_run(experiment: Experiment, console: Console) -> bool:
 def _parts(rows: list[PartRow]) -> Table:
     table = Table("part", "parameters", "trainable", "dtype", "peak lr", title="what trains")
     for row in rows:
-        lr = "-" if row.init_lr is None else f"{row.init_lr:.2e}"
-        table.add_row(row.part, f"{row.parameters:,}", f"{row.trainable:,}", row.dtype, lr)
+        several = len(row.rates) > 1
+        lr = "\n".join(f"{rate:.2e}{f' of {count:,}' if several else ''}" for rate, count in row.rates.items())
+        table.add_row(row.part, f"{row.parameters:,}", f"{row.trainable:,}", row.dtype, lr or "-")
     table.add_row("total", f"{sum(r.parameters for r in rows):,}", f"{sum(r.trainable for r in rows):,}", "", "")
     return table
 

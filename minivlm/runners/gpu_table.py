@@ -73,6 +73,7 @@ def ways(stage: StageConfig, model: VisionLanguageModel, precision: str, length:
         uses = training_uses(
             VisionLanguageModel(model.vision_encoder, model.connector, language_model),
             tokens=stage.run.batch_size_train * length,
+            pictures=stage.run.batch_size_train,
             half=precision != "fp32",
             checkpointing=part.config.gradient_checkpointing,
             quantization=quantization,

@@ -141,6 +141,7 @@ def training_uses(
     *,
     tokens: int,
     half: bool,
+    pictures: int = 0,
     checkpointing: bool = False,
     quantization: str | None = None,
     cached: bool = False,
@@ -148,16 +149,20 @@ def training_uses(
     """Bytes by use for one process: weights, gradients, AdamW's two moments, activations.
 
     Activations follow Korthikanti et al. 2022 (about 34 bytes a token, layer and channel in half precision; with
-    checkpointing 2, and 34 of the one layer that is computed again) and hold the logits of a quarter of the positions.
+    checkpointing 2, and 34 of the one layer that is computed again) and hold the logits of a quarter of the positions,
+    and the features of ``pictures``, which the connector keeps: 1 GiB for one of Mini-Gemini-HD. Those inside of an
+    encoder are not counted.
     """
     sizes = Sizes.of(model)
     trainable = sum(float(p.numel() * p.element_size()) for p in model.parameters() if p.requires_grad)
     per_token = (2 * sizes.layers + 34 if checkpointing else 34 * sizes.layers) * (1.0 if half else 2.0)
+    features, channels = model.feature_shape
+    features *= pictures * channels * (2 if half else 4)
     return {
         "weights": sum(use.bytes for use in weight_uses(model, quantization, cached=cached)),
         "gradients": trainable,
         "optimiser": 2 * trainable,
-        "activations": tokens * sizes.hidden * per_token + tokens / 4 * model.language_model.vocab_size * 8,
+        "activations": tokens * sizes.hidden * per_token + tokens / 4 * model.language_model.vocab_size * 8 + features,
     }
 
 
@@ -169,13 +174,15 @@ def training_table(stage: StageConfig, model: VisionLanguageModel, precision: st
         uses = training_uses(
             model,
             tokens=batch * length,
+            pictures=batch,
             half=precision != "fp32",
             checkpointing=bool(getattr(settings, "gradient_checkpointing", False)),
             quantization=getattr(settings, "quantization", None),
             cached=stage.run.feature_cache is not None,
         )
         table.add_row(str(batch), *(readable_size(v) for v in uses.values()), readable_size(sum(uses.values())))
-    table.caption = f"samples of {length} tokens, {precision}; a frozen encoder's activations are not kept"
+    table.caption = f"samples of {length} tokens, one picture each, {precision}; an encoder's activations "
+    table.caption += "are not kept" if model.is_frozen("vision_encoder") else "are not counted, although it trains"
     if stage.run.feature_cache is not None:
         table.caption += "; with run.feature_cache its weights are not needed either"
     return table

@@ -80,7 +80,8 @@ class Runner:
         if self.run.max_steps is not None:
             self.total_steps = min(self.total_steps, self.run.max_steps)
         self.schedule = make_schedule(self.run, self.total_steps, self.steps_per_epoch)
-        groups = parameter_groups(model, stage.model, self.run.init_lr, self.run.weight_decay)
+        run = self.run
+        groups = parameter_groups(model, stage.model, run.init_lr, run.weight_decay, run.lr_multi)
         betas = (self.run.beta1, self.run.beta2)
         fused = engine.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(groups, lr=self.run.init_lr, betas=betas, fused=fused)

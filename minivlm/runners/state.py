@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +81,24 @@ def read_state(folder: Path) -> TrainState:
 
 
 def restore(folder: Path, optimizer: Any, scaler: Any, rank: int) -> None:
-    """Fill optimiser, loss scaler and this process's random generators from a checkpoint."""
+    """Fill optimiser, loss scaler and this process's random generators from a checkpoint.
+
+    Raises :class:`CheckpointError` if other parameters train, or are in other groups.
+    """
     saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     asked = [{key: group[key] for key in ("weight_decay", "betas", "lr_scale")} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(saved["optimizer"])
-    except ValueError as error:
+    then, now = (
+        [group["param_names"] for group in groups]
+        for groups in (saved["optimizer"]["param_groups"], optimizer.param_groups)
+    )
+    if then != now:  # it is kept by number, so that the sizes alone may fit
+        regrouped = set(chain.from_iterable(then)) == set(chain.from_iterable(now))
+        what, setting = ("groups of ", "run.lr_multi") if regrouped else ("", "freeze settings")
         raise CheckpointError(
-            f"{folder}: the optimiser's state belongs to other trainable parameters ({error}); "
-            "resume with the same freeze settings, or start anew with run.resume=none"
-        ) from error
+            f"{folder}: the optimiser's state belongs to other {what}trainable parameters; resume with the same "
+            f"{setting}, or start anew with run.resume=none"
+        )
+    optimizer.load_state_dict(saved["optimizer"])
     for group, settings in zip(optimizer.param_groups, asked, strict=True):
         group.update(settings)  # this run's, should they have been changed
     scaler.load_state_dict(saved["scaler"])

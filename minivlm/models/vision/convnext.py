@@ -80,6 +80,18 @@ class ConvNeXtMultiscale(VisionEncoder):
         self.built_from = {"path": None, "depths": list(self.sizes[0]), "widths": list(self.sizes[1])}
         self.source = {"path": path, "sha256": hash_tensors(weights.items())}
 
+    @property
+    def is_random_when_frozen(self) -> bool:
+        """Whether paths are dropped in training although it is frozen."""
+        return self.config.drop_path_when_frozen
+
+    def train_frozen(self, mode: bool) -> None:
+        """Eval mode, but for the drop paths if the recipe wants them."""
+        self.eval()
+        for module in self.modules():
+            if type(module).__name__ == "DropPath":
+                module.train(mode and self.config.drop_path_when_frozen)
+
     def stage_outputs(self, pixels: Tensor) -> list[Tensor]:
         """[N, 3, H, W] -> the outputs of the four stages, [N, widths[i], H / 4 / 2^i, W / 4 / 2^i]."""
         hidden, outputs = self.stem(pixels), []

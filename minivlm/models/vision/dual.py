@@ -89,8 +89,19 @@ class DualVisionEncoder(VisionEncoder):
         super().train(mode)
         for encoder in (self.low, self.high):
             if _is_frozen(encoder):
-                encoder.eval()
+                encoder.train_frozen(mode)
         return self
+
+    def train_frozen(self, mode: bool) -> None:
+        """Each encoder does what its own recipe asks for."""
+        self.eval()
+        self.low.train_frozen(mode)
+        self.high.train_frozen(mode)
+
+    @property
+    def is_random_when_frozen(self) -> bool:
+        """Whether one of the two is."""
+        return self.low.is_random_when_frozen or self.high.is_random_when_frozen
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] in high resolution -> [N, num_tokens, low_size + cells * high_size]."""
