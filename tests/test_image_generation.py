@@ -201,7 +201,7 @@ def test_a_picture_that_cannot_be_written_is_told(generator: ImageGenerator, tmp
     run_terminal(
         Talker(),  # type: ignore[arg-type]
         demo,
-        Tools(generator=generator),
+        tools=Tools(generator=generator),
         input=lambda prompt: next(given),
         output=output,
     )
@@ -212,7 +212,7 @@ def test_a_picture_that_cannot_be_written_is_told(generator: ImageGenerator, tmp
 def last_note(generator: ImageGenerator) -> str:
     """What is said about the picture; the text must be there."""
     assistant = Assistant(Talker(), Tools(generator=generator))  # type: ignore[arg-type]
-    *_, reply = assistant.stream("draw")
+    reply = assistant.ask("draw")
     assert reply == Reply(SHOWN, None, reply.note)
     assert assistant.exchanges[0].reply == reply
     return reply.note
@@ -301,7 +301,7 @@ def test_ctrl_c_while_drawing_keeps_the_answer(generator: ImageGenerator, monkey
     run_terminal(
         talker,  # type: ignore[arg-type]
         DemoConfig(),
-        Tools(generator=generator),
+        tools=Tools(generator=generator),
         input=lambda prompt: next(given),
         output=output,
     )

@@ -103,6 +103,10 @@ class Assistant:
         self.chat.reset()
         self._state = _State()
 
+    def ask(self, question: str, images: Sequence[Any] = (), **options: Any) -> Reply:
+        """The whole reply at once, with the arguments of :meth:`stream`; empty where the model has said nothing."""
+        return [Reply(""), *self.stream(question, images, **options)][-1]
+
     def stream(
         self, question: str, images: Sequence[Any] = (), *, ocr: bool = True, generate: bool = True, **options: Any
     ) -> Iterator[Reply]:

@@ -72,11 +72,11 @@ def _run(arguments: argparse.Namespace) -> int:
         from minivlm.serve.terminal import run_terminal
 
         _line_editing()
-        run_terminal(factory(), stage.demo, tools)
+        run_terminal(factory(), stage.demo, tools=tools)
         return 0
     from minivlm.serve.web import launch
 
-    launch(factory, stage.demo, tools, host=arguments.host, port=arguments.port, share=arguments.share)
+    launch(factory, stage.demo, tools=tools, host=arguments.host, port=arguments.port, share=arguments.share)
     return 0
 
 

@@ -34,8 +34,8 @@ ANSWER = "model: "
 def run_terminal(
     chat: Chat,
     demo: DemoConfig,
-    tools: Tools | None = None,
     *,
+    tools: Tools | None = None,
     input: Callable[[str], str] = builtins.input,
     output: TextIO | None = None,
 ) -> None:
@@ -101,15 +101,19 @@ class _Terminal:
             return
         try:
             images = [open_image(path) for path in _paths(text)]
-            found = self.chat.tools.ocr.text(images) if self.chat.tools.ocr else None
         except (OSError, ValueError) as error:
             self.say(str(error))
             return
+        self.begin(images)
+
+    def begin(self, images: list[Any]) -> None:
+        """A new conversation about these pictures."""
         self.images = images
         self.chat.reset()
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
         self.say(f"a new conversation about {'this picture' if len(images) == 1 else 'these pictures'} ({sizes})")
-        if found is not None:
+        if self.chat.tools.ocr is not None:
+            found = self.chat.tools.ocr.text(images)
             self.say(f"OCR Token: {found}" if found else "(no text in it)")
 
     def answer(self, question: str) -> None:

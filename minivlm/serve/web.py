@@ -94,10 +94,10 @@ def build_page(chat_factory: Callable[[], Chat], demo: DemoConfig, tools: Tools 
             send = gr.Button("Send", variant="primary", scale=0, elem_id="send")
             restart = gr.Button("Restart", scale=0, elem_id="restart")
         examples = _chips("examples", demo.examples)
-        with gr.Row():
-            beams, temperature = _sliders(demo)
         with gr.Row(visible=tools != Tools()):
             ocr, generate = _switches(tools)
+        with gr.Row():
+            beams, temperature = _sliders(demo)
 
         settings = [picture, beams, temperature, session, ocr, generate]
         outputs = [chatbot, question, session]
@@ -216,8 +216,8 @@ def _switches(tools: Tools) -> tuple[gr.Checkbox, gr.Checkbox]:
 def launch(
     chat_factory: Callable[[], Chat],
     demo: DemoConfig,
-    tools: Tools | None = None,
     *,
+    tools: Tools | None = None,
     host: str = "127.0.0.1",
     port: int | None = None,
     share: bool = False,
