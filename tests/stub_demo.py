@@ -1,12 +1,17 @@
-"""A demo page whose model is a stand-in that gives known answers: ``python tests/stub_demo.py PAGE``."""
+"""A demo page whose model is a stand-in that gives known answers: ``python tests/stub_demo.py PAGE [PIPELINE]``.
+
+With the folder of a pipeline it reads text and draws pictures, too.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from minivlm.config.experiment import DemoConfig
+from minivlm.serve.assistant import Tools
 from minivlm.serve.web import launch
 from minivlm.types import Message
 
@@ -17,6 +22,7 @@ ANSWERS = {
         " beside <p>the sun</p> {<75><2><97><27>}"
     ),
     "[refer] the sun": "{<75><2><97><27>}",
+    "draw a cat <GEN>": "Here is a cat in the snow. <h> a photo of a cat in the snow, 4k </h>",
     "[refer] nonsense": "<p>bad</p> {<90><10><20><300>} <p>open {<1><2> {<6><5><5><5>} <b onclick=alert(1)>x</b>",
 }
 """What the model says to a question; to any other it says what it was asked."""
@@ -43,4 +49,7 @@ class StubChat:
 
 if __name__ == "__main__":
     examples = ["[grounding] describe this image in detail", "[detection] wheel"]
-    launch(StubChat, DemoConfig(title="Stand-in", page=sys.argv[1], examples=examples))  # type: ignore[arg-type]
+    config = DemoConfig(title="Stand-in", page=sys.argv[1], examples=examples)
+    if len(sys.argv) > 2:
+        config = replace(config, ocr=True, generation=True, image_generator=sys.argv[2], image_steps=2, image_size=64)
+    launch(StubChat, config, tools=Tools.of(config))  # type: ignore[arg-type]

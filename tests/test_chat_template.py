@@ -92,6 +92,9 @@ def test_content_in_parts() -> None:
     picture, text = {"type": "image"}, {"type": "text", "text": "What?"}
     turns = [{"role": "user", "content": [picture, text]}]
     assert written(template("llava_v1").config, turns, answer=True).endswith("USER: <image>\nWhat? ASSISTANT:")
+    asked = "<image>\nWhat?\nReference OCR Token: a\n"
+    for turns in ([{"role": "user", "content": asked}], [{"role": "user", "content": f"{asked[8:-1]}<image>\n"}]):
+        assert written(template("llava_v1").config, turns, answer=True).endswith(f"USER: {asked} ASSISTANT:")
     turns = [{"role": "user", "content": [picture, picture, text]}]
     assert written(template("qa").config, turns, answer=True) == "Question: <image>\n<image>\nWhat?\nAnswer:"
 

@@ -126,6 +126,14 @@ def test_pictures_collapse_to_the_front(content: str, expected: str) -> None:
     assert rendered(talk(content, "a"), markers="collapse_to_front", user_suffix="|") == expected + "|[a]"
 
 
+@pytest.mark.parametrize("content", ["<image>\n q\nReference: a\n", "q\nReference: a<image>\n"])
+def test_the_end_of_what_is_said_stays_in_a_chat(content: str) -> None:
+    config = TemplateConfig(markers="collapse_to_front", user_suffix="|")
+    messages = talk(content, None)
+    assert show(Template(config).render(messages, chat=True)) == "@\nq\nReference: a\n|"
+    assert show(Template(config).render(messages)) == "@\nq\nReference: a|"
+
+
 def test_text_around_pictures_and_pictures_in_answers_are_not_supervised() -> None:
     assert rendered(talk("<image>q", "see <image> there"), image="<{image}>") == "<@>q[see ]<@>[ there]"
 

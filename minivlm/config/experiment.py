@@ -129,6 +129,18 @@ class RunConfig:
             raise ValueError("group_by_modality_length groups samples of all datasets, which needs mix: sample")
 
 
+NEGATIVE_PROMPT = (
+    "out of frame, lowres, text, error, cropped, worst quality, low quality, jpeg artifacts, ugly, duplicate, morbid, "
+    "mutilated, out of frame, extra fingers, mutated hands, poorly drawn hands, poorly drawn face, mutation, deformed, "
+    "blurry, dehydrated, bad anatomy, bad proportions, extra limbs, cloned face, disfigured, gross proportions, "
+    "malformed limbs, missing arms, missing legs, extra arms, extra legs, fused fingers, too many fingers, long neck, "
+    "username, watermark, signature"
+)
+"""What Mini-Gemini asks the image generator to avoid."""
+PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp")
+"""Endings of the files that generated pictures are written to."""
+
+
 @dataclass
 class DemoConfig:
     """Section ``demo``: what `demo.py` starts with."""
@@ -159,10 +171,34 @@ class DemoConfig:
         help="of a longer conversation; cut_left, as MiniGPT-4: its oldest tokens, pictures too, are left out",
     )
     max_upload_mb: int = setting(20, ge=1)
+    ocr: bool = setting(
+        False,
+        help="add the text in the pictures to every question, as Mini-Gemini is used to; needs the extra `ocr`",
+    )
+    ocr_confidence: float = setting(0.1, ge=0, lt=1, help="text of this confidence or less is left out")
+    generation: bool = setting(
+        False,
+        help="ask for a picture prompt (`<GEN>`, which Mini-Gemini knows) and draw it; needs the extra `generation`",
+    )
+    image_generator: str = setting(
+        "stabilityai/stable-diffusion-xl-base-1.0", help="what draws: folder of a pipeline of diffusers, or hub id"
+    )
+    negative_prompt: str = setting(NEGATIVE_PROMPT, help="what the image generator is to avoid")
+    image_steps: int | None = setting(None, ge=1, help="denoising steps of a picture; default: the pipeline's own")
+    image_size: int | None = setting(None, ge=8, help="pixels of its sides; default: the pipeline's own")
+    image_seed: int | None = setting(None, ge=0, help="the same prompt gives the same picture; default: another one")
+    image_device: str | None = setting(
+        None, help="what draws on: cpu, cuda:1, ...; default: the last GPU if the model is on one, else its device"
+    )
+    generated_image: str = setting(
+        "generate.png", help="file that a picture is written to in the terminal; the next are generate_2.png, ..."
+    )
 
     def __post_init__(self) -> None:
         if self.temperature > self.max_temperature:
             raise ValueError(f"temperature {self.temperature:g} is above max_temperature {self.max_temperature:g}")
+        if not self.generated_image.lower().endswith(PICTURE_FILES):
+            raise ValueError(f"generated_image {self.generated_image} must end in one of {', '.join(PICTURE_FILES)}")
 
 
 @dataclass

@@ -50,7 +50,8 @@ _PROMPT = """\
 {%- if message['content'] is not string and content.count('<image>') > 1 -%}
 {{- raise_exception('a message of this model holds one picture') -}}
 {%- endif -%}
-{%- set content = ('<image>\\n' + content.replace('<image>', '').strip()).strip() -%}
+{%- set end = content[content.rstrip()|length:] -%}
+{%- set content = ('<image>\\n' + content.replace('<image>', '').strip()).strip() + end -%}
 {%- endif -%}
 {%- if user_text == 'drop' -%}
 {%- set content = '<image>' * content.count('<image>') -%}

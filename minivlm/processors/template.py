@@ -84,7 +84,7 @@ class Template:
                 segments.append(Text(config.turn_separator if index else ""))
                 segments.append(Text(config.user_prefix))
                 segments.append(Text(system_text if config.system_in_user and index == first_user else ""))
-                segments += _user_content(config, message.content or "")
+                segments += _user_content(config, message.content or "", chat)
                 segments.append(Text(config.user_suffix))
                 continue
             segments.append(Text(config.assistant_prefix))
@@ -121,9 +121,11 @@ def _check_turns(config: TemplateConfig, messages: Sequence[Message]) -> tuple[s
     return system, turns
 
 
-def _user_content(config: TemplateConfig, content: str) -> list[Segment]:
+def _user_content(config: TemplateConfig, content: str, chat: bool) -> list[Segment]:
     if config.markers == "collapse_to_front" and IMAGE_MARKER in content:
-        content = f"{IMAGE_MARKER}\n{content.replace(IMAGE_MARKER, '').strip()}".strip()
+        # Only training data are cleaned up at the end: the text of OCR ends with a line break that the model expects.
+        end = content[len(content.rstrip()) :] if chat else ""
+        content = f"{IMAGE_MARKER}\n{content.replace(IMAGE_MARKER, '').strip()}".strip() + end
     if config.user_text == "drop":
         content = IMAGE_MARKER * content.count(IMAGE_MARKER)
     return _with_slots(config, content)

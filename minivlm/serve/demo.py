@@ -7,15 +7,18 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minivlm.config.errors import ConfigError
 from minivlm.registry import RegistryError
-from minivlm.serve.loading import add_arguments, decoding, load_model, parse, read_stage
+from minivlm.serve.assistant import Tools
+from minivlm.serve.image_generation import device_beside
+from minivlm.serve.loading import ServeError, add_arguments, decoding, load_model, parse, read_stage
 
 if TYPE_CHECKING:
-    from minivlm.config.experiment import StageConfig
+    from minivlm.config.experiment import DemoConfig, StageConfig
     from minivlm.serve.chat import Chat
 
 BAD_INPUT = 2
@@ -50,6 +53,9 @@ def _terminate(number: int, frame: object) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="demo.py", description="Talk to a model about pictures.")
     add_arguments(parser)
+    parser.add_argument("--ocr", action="store_true", help="add the text in the pictures to every question (demo.ocr)")
+    parser.add_argument("--gen", action="store_true", help="draw the pictures that answers ask for (demo.generation)")
+    parser.add_argument("--output-file", metavar="FILE", help="with --cli: the picture's name (default: generate.png)")
     parser.add_argument("--cli", action="store_true", help="in the terminal instead of the browser")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
@@ -59,22 +65,36 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     stage = read_stage(arguments.cfg_path, arguments.options)
-    factory = _chats(stage, arguments)
+    stage.demo = _with_flags(stage.demo, arguments)
+    tools = Tools.of(stage.demo)
+    factory = _chats(stage, arguments, tools)
     if arguments.cli:
         from minivlm.serve.terminal import run_terminal
 
         _line_editing()
-        run_terminal(factory(), stage.demo)
+        run_terminal(factory(), stage.demo, tools=tools)
         return 0
     from minivlm.serve.web import launch
 
-    launch(factory, stage.demo, host=arguments.host, port=arguments.port, share=arguments.share)
+    launch(factory, stage.demo, tools=tools, host=arguments.host, port=arguments.port, share=arguments.share)
     return 0
 
 
-def _chats(stage: StageConfig, arguments: argparse.Namespace) -> Callable[[], Chat]:
+def _with_flags(demo: DemoConfig, arguments: argparse.Namespace) -> DemoConfig:
+    """Section ``demo`` with what the arguments switch on. Raises ServeError for a file that holds no picture."""
+    flags: dict[str, Any] = {"ocr": arguments.ocr, "generation": arguments.gen}
+    flags["generated_image"] = arguments.output_file
+    try:
+        return replace(demo, **{key: value for key, value in flags.items() if value})
+    except ValueError as error:
+        raise ServeError(f"--output-file: {error}") from error
+
+
+def _chats(stage: StageConfig, arguments: argparse.Namespace, tools: Tools) -> Callable[[], Chat]:
     """Load the model; the result makes conversations that share it."""
     model, processor = load_model(stage, arguments)
+    if tools.generator is not None and stage.demo.image_device is None:
+        tools.generator.device = device_beside(model.device)
     from minivlm.serve.chat import Chat
 
     return partial(Chat, model, processor, lock=threading.Lock(), **decoding(stage.demo))

@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.config.experiment import StageConfig
 from minivlm.serve.loading import ServeError, add_arguments, decoding, load_model, parse, read_stage
+from minivlm.serve.ocr import OCR
 from minivlm.serve.records import AnswerFile, read_records, record_name, to_sample
 from minivlm.types import Encoded, Sample, SampleError
 
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = Path(arguments.images) if arguments.images else source if source.is_dir() else source.parent
     if not images.is_dir():
         raise ServeError(f"--images: there is no folder {images}")
+    ocr = OCR(stage.demo.ocr_confidence) if arguments.ocr or stage.demo.ocr else None
     records = read_records(source, arguments.prompt)
     answers = AnswerFile(Path(arguments.output), records)
     if kept := len(records) - len(answers.todo):
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
         try:
             with answers:
-                answer_records(chat, answers, images, **sizes, seed=stage.run.seed)
+                answer_records(chat, answers, images, **sizes, seed=stage.run.seed, ocr=ocr)
         except KeyboardInterrupt:
             print(f"\n{len(answers.todo)} records are left; the same command goes on with them", file=sys.stderr)
             raise
@@ -68,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", default=PROMPT, help=f"for records without one (default: {PROMPT})")
     parser.add_argument("--batch-size", type=_positive, default=8, help="records at a time (default 8)")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that read pictures (default 0)")
+    parser.add_argument("--ocr", action="store_true", help="add the text in the pictures to every question (demo.ocr)")
     text = "of an answer (default: section demo of the file)"
     parser.add_argument("--max-new-tokens", type=_positive, help=f"length {text}")
     parser.add_argument("--num-beams", type=_positive, help=f"beams {text}")
@@ -88,12 +92,20 @@ def _decoding(stage: StageConfig, arguments: argparse.Namespace) -> dict[str, An
 
 
 def answer_records(
-    chat: Chat, answers: AnswerFile, images: Path, *, batch_size: int, num_workers: int = 0, seed: int = 0
+    chat: Chat,
+    answers: AnswerFile,
+    images: Path,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    seed: int = 0,
+    ocr: OCR | None = None,
 ) -> None:
     """Answer what is left to do, records of similar length together; ``chat`` says how.
 
     A record that cannot be used gets its line with an ``error``. A question has the same prompt as in a
-    conversation, so that with greedy decoding the answers are those that :meth:`Chat.ask` gives one by one.
+    conversation, so that with greedy decoding the answers are those that :meth:`Chat.ask` gives one by one; ``ocr``
+    adds the text in its pictures.
     """
     import torch
 
@@ -114,7 +126,7 @@ def answer_records(
                 samples.append(to_sample(name, answers.records[number], images, processor.template.with_images))
             except SampleError as error:
                 fail(error)
-        encode = partial(_encode, processor, chat.context_length())
+        encode = partial(_encode, processor, chat.context_length(), ocr)
         collate = partial(processor.collate, for_generation=True)
         with evaluating(chat.model):
             for places, batch, bad in batches_by_length(samples, encode, collate, batch_size, num_workers):
@@ -127,12 +139,24 @@ def answer_records(
                 advance(len(places), batch.num_images)
 
 
-def _encode(processor: VLMProcessor, limit: int, sample: Sample) -> Encoded:
+def _encode(processor: VLMProcessor, limit: int, ocr: OCR | None, sample: Sample) -> Encoded:
     """The prompt of a question as a conversation has it."""
+    if ocr is not None:
+        sample = _with_text(sample, ocr)
     encoded = processor.prompt_sample(sample, chat=True)
     if (size := len(encoded.input_ids)) >= limit:
         raise SampleError(sample.id, f"the prompt has {size} tokens and the model takes {limit}; shorten it")
     return encoded
+
+
+def _with_text(sample: Sample, ocr: OCR) -> Sample:
+    """The question with the text in its pictures."""
+    (question,) = sample.messages
+    try:
+        text = f"{question.content}{ocr.reference(sample.images)}"
+    except OSError:
+        return sample  # the processor says what is wrong with the picture
+    return replace(sample, messages=[replace(question, content=text)])
 
 
 def _answers(chat: Chat, batch: Batch) -> list[str]:

@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from minivlm.config.experiment import DemoConfig
+from minivlm.serve.assistant import Assistant, Tools
+from minivlm.serve.image_generation import save_picture
 from minivlm.types import SampleError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from minivlm.serve.assistant import Reply
     from minivlm.serve.chat import Chat
 
 HELP = """\
@@ -30,15 +35,17 @@ def run_terminal(
     chat: Chat,
     demo: DemoConfig,
     *,
+    tools: Tools | None = None,
     input: Callable[[str], str] = builtins.input,
     output: TextIO | None = None,
 ) -> None:
     """Read questions and commands until the end of the input, and write answers as they come.
 
     ``input`` is called with the prompt, as Python's own; EOFError and KeyboardInterrupt end the conversation.
-    ``output`` is standard output by default.
+    ``output`` is standard output by default. With ``tools`` the text in pictures is read, and pictures are written to
+    ``demo.generated_image``.
     """
-    session = _Terminal(chat, output or sys.stdout)
+    session = _Terminal(Assistant(chat, tools), Path(demo.generated_image), output or sys.stdout)
     session.say(f"{demo.title}\n{HELP}")
     if demo.examples:
         session.say("  for example: " + " | ".join(demo.examples))
@@ -57,10 +64,11 @@ def run_terminal(
 
 
 class _Terminal:
-    """The chat and the pictures that it is about."""
+    """The chat and the pictures that it is about; those it draws go to ``target``."""
 
-    def __init__(self, chat: Chat, output: TextIO):
+    def __init__(self, chat: Assistant, target: Path, output: TextIO):
         self.chat = chat
+        self.target = target
         self.output = output
         self.images: list[Any] = []
 
@@ -96,10 +104,17 @@ class _Terminal:
         except (OSError, ValueError) as error:
             self.say(str(error))
             return
+        self.begin(images)
+
+    def begin(self, images: list[Any]) -> None:
+        """A new conversation about these pictures."""
         self.images = images
         self.chat.reset()
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
         self.say(f"a new conversation about {'this picture' if len(images) == 1 else 'these pictures'} ({sizes})")
+        if self.chat.tools.ocr is not None:
+            found = self.chat.tools.ocr.text(images)
+            self.say(f"OCR Token: {found}" if found else "(no text in it)")
 
     def answer(self, question: str) -> None:
         """Stream one answer; an error is told and the conversation goes on."""
@@ -108,24 +123,41 @@ class _Terminal:
         if not self.images and not self.chat.messages:
             self.say("(no picture yet: /image PATH)")
         self.say(ANSWER, end="")
+        before = len(self.chat.messages)
         try:
             with closing(self.chat.stream(question, images)) as stream:  # type: ignore[type-var]
                 self.write_growing(stream)
         except KeyboardInterrupt:
-            self.say(" ... broken off; the question was taken back")
+            kept = len(self.chat.messages) > before
+            self.say(" ... broken off; " + ("there is no picture" if kept else "the question was taken back"))
         except SampleError as error:
             self.say(f"(no answer) {error.reason}")
 
-    def write_growing(self, stream: Iterator[str]) -> None:
-        """Write what every text adds to the one before."""
-        shown = ""
-        for text in stream:
+    def write_growing(self, stream: Iterator[Reply]) -> None:
+        """Write what every text adds to the one before, and what becomes of the picture."""
+        shown = noted = ""
+        overwrites = self.output.isatty()  # a file needs no more than the beginning and the end of the drawing
+        for reply in stream:
+            text = reply.text
             if not text.startswith(shown):  # the tokenizer has changed its mind about a character
                 self.say(f"\n{ANSWER}", end="")
                 shown = ""
             self.say(text[len(shown) :], end="")
             shown = text
+            if reply.note and not (reply.growing and noted and not overwrites):
+                self.say(("\r" if reply.growing and noted else "\n") + f"({reply.note})", end="")
+                noted = reply.note
+            if reply.picture is not None:
+                self.write_picture(reply.picture)
         self.say("" if shown else "(the model answered with nothing; the question was taken back)")
+
+    def write_picture(self, picture: Image) -> None:
+        """Into a file of its own; one that cannot be written is told."""
+        try:
+            file = save_picture(picture, self.target)
+            self.say(f"\npicture: {file} ({picture.width} x {picture.height})", end="")
+        except OSError as error:
+            self.say(f"\n(the picture cannot be written: {error})", end="")
 
 
 def _paths(text: str) -> list[Path]:

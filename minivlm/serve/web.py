@@ -17,6 +17,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 
 from minivlm.config.experiment import DemoConfig
+from minivlm.serve.assistant import Tools
 from minivlm.serve.web_handlers import MAX_QUESTION, TASKS, Handlers, choose_task, guard_upload
 
 if TYPE_CHECKING:
@@ -73,10 +74,11 @@ CSS = """
 """
 
 
-def build_page(chat_factory: Callable[[], Chat], demo: DemoConfig) -> gr.Blocks:
-    """The page; ``chat_factory`` makes the conversation of a visitor, so that no two share one."""
+def build_page(chat_factory: Callable[[], Chat], demo: DemoConfig, tools: Tools | None = None) -> gr.Blocks:
+    """The page; ``chat_factory`` makes the conversation of a visitor, so that no two share one, but all ``tools``."""
     grounding = demo.page == "grounding"
-    handlers = Handlers(chat_factory, grounding=grounding)
+    tools = tools or Tools()
+    handlers = Handlers(chat_factory, tools, grounding=grounding)
     with gr.Blocks(title=demo.title, analytics_enabled=False, fill_width=True, delete_cache=(_HOUR, _DAY)) as page:
         session = gr.State(None, time_to_live=_DAY)
         hint = "; drag over it to mark a box" if grounding else ""
@@ -92,10 +94,12 @@ def build_page(chat_factory: Callable[[], Chat], demo: DemoConfig) -> gr.Blocks:
             send = gr.Button("Send", variant="primary", scale=0, elem_id="send")
             restart = gr.Button("Restart", scale=0, elem_id="restart")
         examples = _chips("examples", demo.examples)
+        with gr.Row(visible=tools != Tools()):
+            ocr, generate = _switches(tools)
         with gr.Row():
             beams, temperature = _sliders(demo)
 
-        settings = [picture, beams, temperature, session]
+        settings = [picture, beams, temperature, session, ocr, generate]
         outputs = [chatbot, question, session]
         # One queue for everything that needs the model, so that visitors wait in the order they came.
         model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
@@ -189,10 +193,31 @@ def _sliders(demo: DemoConfig) -> tuple[gr.Slider, gr.Slider]:
     return beams, temperature
 
 
+def _switches(tools: Tools) -> tuple[gr.Checkbox, gr.Checkbox]:
+    """Which of the tools a question uses; of those that the page has, OCR is on and drawing off at first."""
+    has_ocr, has_generator = tools.ocr is not None, tools.generator is not None
+    ocr = gr.Checkbox(
+        has_ocr,
+        label="Use OCR",
+        info="The model is told the text in the picture.",
+        visible=has_ocr,
+        elem_id="use-ocr",
+    )
+    generate = gr.Checkbox(
+        False,
+        label="Generate image",
+        info="The model describes a new picture, which is drawn.",
+        visible=has_generator,
+        elem_id="generate-image",
+    )
+    return ocr, generate
+
+
 def launch(
     chat_factory: Callable[[], Chat],
     demo: DemoConfig,
     *,
+    tools: Tools | None = None,
     host: str = "127.0.0.1",
     port: int | None = None,
     share: bool = False,
@@ -204,7 +229,7 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="minivlm-demo-") as uploads:
         # gradio's own default is one folder for all users of the machine.
         os.environ["GRADIO_TEMP_DIR"] = uploads
-        page = build_page(chat_factory, demo)
+        page = build_page(chat_factory, demo, tools)
         page.queue(max_size=_WAITING, api_open=False)
         _, local, public = page.launch(
             server_name=host,

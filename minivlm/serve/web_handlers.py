@@ -17,6 +17,7 @@ from PIL import Image
 
 from minivlm.datasets.boxes import parse_boxes
 from minivlm.processors.image import image_hash
+from minivlm.serve.assistant import Assistant, Reply, Tools
 from minivlm.serve.boxes import coloured, draw_boxes, preview
 from minivlm.types import IMAGE_MARKER, SampleError
 
@@ -55,14 +56,14 @@ class Session:
     """What belongs to one open page: its conversation and the picture that it is about.
 
     ``picture`` is the key of the picture, ``image`` the picture on which boxes are drawn and ``drawn`` the file for
-    every text with boxes. ``round`` counts the beginnings; an answer that was asked for in an earlier round is not
-    shown any more.
+    every text with boxes, and for every generated picture (by the number of its question). ``round`` counts the
+    beginnings; an answer that was asked for in an earlier round is not shown any more.
     """
 
-    chat: Chat
+    chat: Assistant
     picture: str | None = None
     image: Image.Image | None = None
-    drawn: dict[str, str] = field(default_factory=dict)
+    drawn: dict[str | int, str] = field(default_factory=dict)
     round: int = 0
 
     def begin(self) -> None:
@@ -75,11 +76,12 @@ class Session:
 class Handlers:
     """The events of the page; every function gets the session and gives it back.
 
-    With ``grounding``, boxes in the conversation are drawn on the picture.
+    All conversations share ``tools``. With ``grounding``, boxes in the conversation are drawn on the picture.
     """
 
-    def __init__(self, chat_factory: Callable[[], Chat], *, grounding: bool = False):
+    def __init__(self, chat_factory: Callable[[], Chat], tools: Tools | None = None, *, grounding: bool = False):
         self.chat_factory = chat_factory
+        self.tools = tools or Tools()
         self.grounding = grounding
 
     def change_picture(self, picture: Any, session: Session | None) -> tuple[Any, ...]:
@@ -104,11 +106,20 @@ class Handlers:
         return [] if session is None else self._shown(session)
 
     def ask(
-        self, question: str, picture: Any, beams: float, temperature: float, session: Session | None
+        self,
+        question: str,
+        picture: Any,
+        beams: float,
+        temperature: float,
+        session: Session | None,
+        ocr: bool = True,
+        generate: bool = False,
     ) -> Iterator[tuple[Any, ...]]:
-        """Stream an answer -> (conversation, question, session)."""
+        """Stream an answer -> (conversation, question, session); a picture to generate needs none to look at."""
         question = (question or "").strip()
-        if problem := _problem(question, picture) or (_task_problem(question) if self.grounding else ""):
+        if problem := _problem(question, picture, needs_picture=not generate) or (
+            _task_problem(question) if self.grounding else ""
+        ):
             _warn(problem)
             yield gr.skip(), gr.skip(), session
             return
@@ -116,16 +127,20 @@ class Handlers:
         before, this_round = self._shown(session), session.round
         asked = [*before, self._message(session, "user", question)]
         yield asked, "", session
-        images = [] if session.chat.num_images else [picture]
+        images = [] if session.chat.num_images or picture is None else [picture]
         options = {"num_beams": int(beams), "temperature": float(temperature)}
-        answer = ""
+        reply = Reply("")
         try:
-            with closing(session.chat.stream(question, images, **options)) as stream:  # type: ignore[type-var]
-                for answer in stream:
+            with closing(  # type: ignore[type-var]
+                session.chat.stream(question, images, ocr=bool(ocr), generate=bool(generate), **options)
+            ) as stream:
+                for reply in stream:
                     if session.round != this_round:
                         return
-                    yield [*asked, self._message(session, "assistant", answer, whole=False)], gr.skip(), session
-            problem = "" if answer else "The model answered with nothing."
+                    if reply.growing:
+                        shown = self._message(session, "assistant", _with_note(reply), whole=False)
+                        yield [*asked, shown], gr.skip(), session
+            problem = "" if reply.text else "The model answered with nothing."
         except SampleError as error:
             problem = f"No answer: {error.reason}"
         except Exception as error:  # the page must survive, and the operator must see what it was
@@ -137,12 +152,12 @@ class Handlers:
             # The question goes back into its box, since the conversation does not have it.
             _warn(problem)
             yield before, question, session
-        elif self.grounding:
+        else:
             yield self._shown(session), gr.skip(), session
 
     def _session(self, session: Session | None, picture: Any) -> Session:
         """The session, begun anew if the picture is not the one it is about."""
-        session = session or Session(self.chat_factory())
+        session = session or Session(Assistant(self.chat_factory(), self.tools))
         key = None if picture is None else image_hash(picture)
         if key != session.picture:
             session.picture = key
@@ -152,20 +167,30 @@ class Handlers:
 
     def _shown(self, session: Session) -> list[dict[str, Any]]:
         """The conversation as the page shows it; the picture stands beside it."""
-        texts = [(m.role, (m.content or "").replace(IMAGE_MARKER, "").strip()) for m in session.chat.messages]
-        return [self._message(session, role, text) for role, text in texts]
+        messages = []
+        for number, exchange in enumerate(session.chat.exchanges):
+            messages.append(self._message(session, "user", exchange.question.replace(IMAGE_MARKER, "").strip()))
+            picture = exchange.reply.picture
+            if picture is not None and number not in session.drawn:
+                session.drawn[number] = save_pil_to_cache(picture, get_upload_folder(), format="png")
+            generated = session.drawn.get(number, "")
+            messages.append(self._message(session, "assistant", _with_note(exchange.reply), generated=generated))
+        return messages
 
-    def _message(self, session: Session, role: str, text: str, whole: bool = True) -> dict[str, Any]:
+    def _message(
+        self, session: Session, role: str, text: str, *, whole: bool = True, generated: str = ""
+    ) -> dict[str, Any]:
         """One message, letter by letter: gradio would render HTML in it, and so fetch pictures from anywhere.
 
-        With grounding, the boxes of a ``whole`` text are drawn on a picture below it.
+        With grounding, the boxes of a ``whole`` text are drawn on a picture below it. ``generated`` is the file of the
+        picture that the answer asked for.
         """
-        if not self.grounding:
-            return {"role": role, "content": html.escape(text, quote=False)}
-        content: list[Any] = [coloured(text)]
-        if whole and (file := self._drawn(session, text)):
+        content: list[Any] = [coloured(text) if self.grounding else html.escape(text, quote=False)]
+        if self.grounding and whole and (file := self._drawn(session, text)):
             content.append({"path": file, "alt_text": "the picture with the boxes of this message"})
-        return {"role": role, "content": content}
+        if generated:
+            content.append({"path": generated, "alt_text": "the picture that was generated"})
+        return {"role": role, "content": content if self.grounding or generated else content[0]}
 
     def _drawn(self, session: Session, text: str) -> str:
         """The file of the picture with the boxes of a text; empty without any."""
@@ -220,11 +245,15 @@ def _too_large(payload: Any) -> OSError | None:
     return OSError(f"This picture has {megapixels:.0f} megapixels; at most {MAX_MEGAPIXELS} are taken.")
 
 
-def _problem(question: str, picture: Any) -> str:
+def _with_note(reply: Reply) -> str:
+    return f"{reply.text}\n({reply.note})" if reply.note else reply.text
+
+
+def _problem(question: str, picture: Any, needs_picture: bool) -> str:
     """Why a question cannot be asked, or nothing."""
     if not question:
         return "Type a question first."
-    if picture is None:
+    if picture is None and needs_picture:
         return "Upload a picture first."
     if isinstance(picture, OSError):
         return str(picture)
