@@ -304,8 +304,18 @@ def _is_open(given: ModelPart | None, saved: ModelPart | None) -> bool:
     """Whether a node leaves to the checkpoint what the part is built of."""
     if given is None or saved is None:
         return True
+    if given.name != saved.name:
+        return False
+    inner = _inner_parts(given, saved)
     base = any(getattr(given.config, key, None) for key in _BASE)
-    return given.name == saved.name and hasattr(given.config, "path") and not base
+    return all(_is_open(*pair) for pair in inner) if inner else hasattr(given.config, "path") and not base
+
+
+def _inner_parts(given: ModelPart, saved: ModelPart) -> list[tuple[ModelPart, ModelPart]]:
+    """The parts inside two of the same kind, such as the encoders of ``dual``."""
+    fields = [item.name for item in dataclasses.fields(given.config)]
+    pairs = [(getattr(given.config, name), getattr(saved.config, name)) for name in fields]
+    return [(own, theirs) for own, theirs in pairs if isinstance(own, ModelPart) and isinstance(theirs, ModelPart)]
 
 
 def _fill_part(given: ModelPart | None, saved: ModelPart) -> ModelPart:
@@ -317,6 +327,8 @@ def _fill_part(given: ModelPart | None, saved: ModelPart) -> ModelPart:
         return saved
     if given.name != saved.name:
         return given
+    for own, theirs in _inner_parts(given, saved):
+        _fill_part(own, theirs)
     given.lora = given.lora or saved.lora
     given.weights = given.weights if _has_weights(given) else saved.weights
     if _is_open(given, saved):  # what is left out means as in the checkpoint

@@ -81,6 +81,12 @@ class RunConfig:
     init_lr: float = setting(1e-4, gt=0)
     min_lr: float = setting(0.0, ge=0)
     warmup_lr: float = setting(0.0, ge=-1, help="rate at the start of the warm-up; -1: init_lr")
+    lr_multi: dict[str, float] = setting(
+        factory=dict,
+        gt=0,
+        help="factors on the learning rate of parameters by globs over their names in a checkpoint; the first that "
+        'matches counts: `{"connector.projector.*": 2, "vision_encoder.*": 0.1}`',
+    )
     warmup_steps: int = setting(0, ge=0)
     warmup_ratio: float | None = setting(None, ge=0, le=1, help="warm-up as a share of all steps, rounded up")
     lr_decay_rate: float | None = setting(None, gt=0, le=1, help="factor per epoch of the step schedule")
@@ -97,7 +103,11 @@ class RunConfig:
     # machine
     device: str = setting("auto", help="auto, cpu, cuda, cuda:1, mps")
     precision: str = setting("auto", choices=("auto", "bf16", "fp16", "fp32"))
-    engine: str = setting("auto", choices=("auto", "single", "ddp"))
+    engine: str = setting("auto", choices=("auto", "single", "ddp", "deepspeed"))
+    deepspeed: str | None = setting(
+        None,
+        help="with engine deepspeed: zero2, zero2_offload, zero3, zero3_offload, or a JSON file of DeepSpeed's settings",
+    )
 
     # state and logs
     resume: str = setting("auto", help="auto, none, or the path of a checkpoint")
