@@ -327,11 +327,12 @@ def _fill_part(given: ModelPart | None, saved: ModelPart) -> ModelPart:
         return saved
     if given.name != saved.name:
         return given
+    is_open = _is_open(given, saved)
     for own, theirs in _inner_parts(given, saved):
         _fill_part(own, theirs)
     given.lora = given.lora or saved.lora
     given.weights = given.weights if _has_weights(given) else saved.weights
-    if _is_open(given, saved):  # what is left out means as in the checkpoint
+    if is_open:  # what is left out means as in the checkpoint
         for item in dataclasses.fields(given.config):
             if getattr(given.config, item.name) == item.default:
                 setattr(given.config, item.name, getattr(saved.config, item.name))

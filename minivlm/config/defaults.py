@@ -141,8 +141,8 @@ def _no_such_model(tree: Tree, arch: Any, model_type: Any) -> Problem:
         message = f"needs model.arch beside it; there are: {', '.join(archs) or 'none'}"
         return tree.problem(("model", "model_type"), message)
     if not types:
-        message = f"unknown arch '{arch}'{suggest(arch, [*archs, *builtins.ARCH_ALIASES])}; there are: {', '.join(archs) or 'none'}"
-        return tree.problem(("model", "arch"), message)
+        hint = suggest(arch, [*archs, *builtins.ARCH_ALIASES])
+        return tree.problem(("model", "arch"), f"unknown arch '{arch}'{hint}; there are: {', '.join(archs) or 'none'}")
     if model_type is None:
         return tree.problem(("model", "arch"), f"needs model.model_type beside it; there are: {', '.join(types)}")
     message = f"unknown model_type '{model_type}' of '{arch}'{suggest(model_type, types)}; "

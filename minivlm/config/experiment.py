@@ -106,7 +106,8 @@ class RunConfig:
     engine: str = setting("auto", choices=("auto", "single", "ddp", "deepspeed"))
     deepspeed: str | None = setting(
         None,
-        help="with engine deepspeed: zero2, zero2_offload, zero3, zero3_offload, or a JSON file of DeepSpeed's settings",
+        help="with engine deepspeed: zero2, zero2_offload, zero3, zero3_offload, or a JSON file of DeepSpeed's "
+        "settings",
     )
 
     # state and logs
