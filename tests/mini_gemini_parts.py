@@ -122,7 +122,8 @@ def data_options(file: Path, data: Path) -> list[str]:
     """Where the data of a training file lie."""
     name, place = ("mgm_pretrain", "Pretrain") if "stage1" in file.name else ("mgm_instruction", "Finetune")
     folder = data / f"MGM-{place}"
-    return [f"datasets.{name}.annotations={folder}/{name}.json", f"datasets.{name}.images={folder}"]
+    settings = {"annotations": folder / f"{name}.json", "images": folder, "layout": "null"}
+    return [f"datasets.{name}.{key}={value}" for key, value in settings.items()]
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:

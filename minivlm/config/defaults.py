@@ -58,20 +58,19 @@ def add_model_defaults(tree: Tree, problems: list[Problem]) -> Tree | None:
     if isinstance(checkpoint, str) and not is_weight_file(checkpoint):
         # The folder of a model holds every part; a .pth file only what was trained.
         held = ("weights", "path", "revision") if _is_whole(Path(checkpoint)) else ("weights",)
-        for part in defaults.values["model"].values():
-            _drop(part, held)
+        _forget(defaults.values["model"], held)
     whole = overlay(defaults, tree, StageConfig)
     whole.values["model"] |= {"arch": arch, "model_type": model_type}
     return whole
 
 
-def _drop(node: Any, keys: Sequence[str]) -> None:
-    """Remove keys of a part and of the parts inside it."""
-    if isinstance(node, dict):
-        for key in keys:
-            node.pop(key, None)
-        for inner in node.values():
-            _drop(inner, keys)
+def _forget(node: dict[str, Any], keys: Sequence[str]) -> None:
+    """Take keys out of the parts of a node, and of those inside them (the encoders of ``dual``)."""
+    for part in node.values():
+        if isinstance(part, dict):
+            for key in keys if "name" in part else ():
+                part.pop(key, None)
+            _forget(part, keys)
 
 
 def canonical(name: Any) -> Any:
