@@ -78,6 +78,7 @@ _RECORDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         (
             *("llava_conversation", "llava_detail", "llava_reason", "multitask_conversation"),
             *("blip_laion_cc_sbu_558k", "llava_v1_5_mix665k"),
+            *("mgm_pretrain", "mgm_instruction"),
         ),
     ),
     "caption_json": (
@@ -117,6 +118,9 @@ _TEMPLATE_ALIASES = {
 }
 """Other names of packaged templates, those of LLaVA and Mini-Gemini and Imp's phi2."""
 
+ARCH_ALIASES = {"mgm": "mini_gemini", "minigemini": "mini_gemini"}
+"""Other names of packaged families, under ``model.arch``."""
+
 _SUMMARIES = {
     ("vision_encoder", "hf"): "any transformers vision model (CLIP, SigLIP, DINOv2, ...), by folder or id",
     ("vision_encoder", "timm"): "any timm model by name",
@@ -145,6 +149,8 @@ _SUMMARIES = {
     ("dataset", "lavis"): "any picture dataset of LAVIS, read by its own builder",
     ("dataset", "blip_laion_cc_sbu_558k"): "first stage of LLaVA-1.5 and Imp: pictures with BLIP captions",
     ("dataset", "llava_v1_5_mix665k"): "second stage of LLaVA-1.5 and Imp: conversations, some without a picture",
+    ("dataset", "mgm_pretrain"): "first stage of Mini-Gemini: pictures with captions",
+    ("dataset", "mgm_instruction"): "second stage of Mini-Gemini: conversations, some without a picture",
     ("task", "image_text_pretrain"): "train on captions or conversations; evaluate the loss",
     ("task", "instruction_tuning"): "the same, under the name that users of LLaVA look for",
     ("task", "vqa"): "answer questions; accuracy per question type beside two baselines",

@@ -28,6 +28,7 @@ RECORD = "minivlm_download.json"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _TEXT_ENDINGS = (".json", ".txt", ".model", ".jinja")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin", "mm_projector.bin")
+_DESCRIBED_BY = ("config.json", "adapter_config.json", "mm_projector.bin", "open_clip_config.json")
 _LFS = b"version https://git-lfs"
 
 
@@ -214,7 +215,7 @@ def _is_weights(name: str) -> bool:
 def _check_names(model: Model, names: Sequence[str], where: str) -> None:
     """Refuse what minivlm could not load, before anything is fetched."""
     lacking = []
-    if not any(name in ("config.json", "adapter_config.json", "mm_projector.bin") for name in names) and model.weights:
+    if not any(name in _DESCRIBED_BY for name in names) and model.weights:
         lacking.append("config.json")
     if not any(_is_weights(name) for name in names) and model.weights:
         lacking.append("weights (*.safetensors or pytorch_model*.bin)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ FOLDER = builtins.CONFIGS
 """Holds ``models/<arch>_<model_type>.yaml`` and ``datasets/<name>/<type>.yaml``.
 
 Beside ``model`` a file of the first kind may have sections ``run`` and ``demo`` (how this family is trained and
-talked to) and name another file under ``base``.
+talked to) and name other files under ``base``. What several models change alike stands in ``models/variants``.
 """
 
 
@@ -40,12 +41,13 @@ def add_model_defaults(tree: Tree, problems: list[Problem]) -> Tree | None:
 
     Returns None, with the problems noted, if there is no such file.
     """
-    arch, model_type = peek(tree, ("model", "arch")), peek(tree, ("model", "model_type"))
-    if arch is None and model_type is None:
+    given = peek(tree, ("model", "arch")), peek(tree, ("model", "model_type"))
+    if given == (None, None):
         return tree
+    arch, model_type = (canonical(name) for name in given)
     file = FOLDER / "models" / f"{arch}_{model_type}.yaml"
     if None in (arch, model_type) or not file.is_file():
-        problems.append(_no_such_model(tree, arch, model_type))
+        problems.append(_no_such_model(tree, *given))
         return None
     try:
         defaults = read_model(file)
@@ -56,11 +58,27 @@ def add_model_defaults(tree: Tree, problems: list[Problem]) -> Tree | None:
     if isinstance(checkpoint, str) and not is_weight_file(checkpoint):
         # The folder of a model holds every part; a .pth file only what was trained.
         held = ("weights", "path", "revision") if _is_whole(Path(checkpoint)) else ("weights",)
-        for part in defaults.values["model"].values():
-            if isinstance(part, dict):
-                for key in held:
-                    part.pop(key, None)
-    return overlay(defaults, tree, StageConfig)
+        _forget(defaults.values["model"], held)
+    whole = overlay(defaults, tree, StageConfig)
+    whole.values["model"] |= {"arch": arch, "model_type": model_type}
+    return whole
+
+
+def _forget(node: dict[str, Any], keys: Sequence[str]) -> None:
+    """Take keys out of the parts of a node, and of those inside them (the encoders of ``dual``)."""
+    for part in node.values():
+        if isinstance(part, dict):
+            for key in keys if "name" in part else ():
+                part.pop(key, None)
+            _forget(part, keys)
+
+
+def canonical(name: Any) -> Any:
+    """An arch or model_type as files spell it: ``MGM`` is ``mini_gemini``, ``7B-HD`` is ``7b_hd``."""
+    if not isinstance(name, str):
+        return name
+    plain = name.lower().replace("-", "_")
+    return builtins.ARCH_ALIASES.get(plain, plain)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -103,24 +121,27 @@ def add_dataset_defaults(tree: Tree, problems: list[Problem]) -> Tree:
 def read_model(file: Path) -> Tree:
     """The sections ``model``, ``run`` and ``demo`` of packaged defaults, over those of its ``base``."""
     tree = read_yaml(file)
-    whole = _under(tree, ("model",))
+    own = _under(tree, ("model",))
     for section in ("run", "demo"):
         if isinstance(tree.get((section,)), dict):
-            whole = overlay(whole, _under(tree, (section,)))
-    base = tree.get(("base",))
-    return whole if base is None else overlay(read_model(file.parent / base), whole, StageConfig)
+            own = overlay(own, _under(tree, (section,)))
+    base = tree.get(("base",), [])
+    whole = Tree({}, {})
+    for name in [base] if isinstance(base, str) else base:
+        whole = overlay(whole, read_model(file.parent / name), StageConfig)
+    return overlay(whole, own, StageConfig)
 
 
 def _no_such_model(tree: Tree, arch: Any, model_type: Any) -> Problem:
     models = list_model_defaults()
     archs = sorted({known for known, _ in models})
-    types = [known for of, known in models if of == arch]
+    types = [known for of, known in models if of == canonical(arch)]
     if arch is None:
         message = f"needs model.arch beside it; there are: {', '.join(archs) or 'none'}"
         return tree.problem(("model", "model_type"), message)
     if not types:
-        message = f"unknown arch '{arch}'{suggest(arch, archs)}; there are: {', '.join(archs) or 'none'}"
-        return tree.problem(("model", "arch"), message)
+        hint = suggest(arch, [*archs, *builtins.ARCH_ALIASES])
+        return tree.problem(("model", "arch"), f"unknown arch '{arch}'{hint}; there are: {', '.join(archs) or 'none'}")
     if model_type is None:
         return tree.problem(("model", "arch"), f"needs model.model_type beside it; there are: {', '.join(types)}")
     message = f"unknown model_type '{model_type}' of '{arch}'{suggest(model_type, types)}; "

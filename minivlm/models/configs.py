@@ -73,7 +73,8 @@ class EvaClipGConfig:
 class ConvNeXtMultiscaleConfig:
     """All four stages of a ConvNeXt, joined; sizes come from ``depths`` and ``widths``, ``path`` or ``variant``."""
 
-    path: str | None = setting(None, help="OpenCLIP's file of weights, or its folder")
+    path: str | None = setting(None, help="OpenCLIP's file of weights, its folder, or its hub id")
+    revision: str | None = setting(None, help="pinned revision of a hub id")
     variant: str | None = setting(
         None,
         choices=("convnext_base_w_320", "convnext_large_d_320", "convnext_xxlarge"),

@@ -45,9 +45,41 @@ def load_hf_config(part: str, path: str | None, config: dict[str, Any] | None, r
 
 def check_folder(part: str, path: str) -> None:
     """Refuse what is meant as a local folder and is none, instead of asking the hub for it."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_local and not Path(path).is_dir():
+    if _looks_local(path) and not Path(path).is_dir():
         raise ModelError(f"{part}.path: there is no folder '{path}'; give a local folder or a hub id (owner/name)")
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") != 1
+
+
+def find_file(key: str, path: str, names: Iterable[str], revision: str | None, *, fetch: bool = True) -> Path | None:
+    """The first of ``names`` in a local folder or, unless there is one, in a model of the hub, kept in its cache.
+
+    None if there is no such file, or it would have to be fetched and may not. Raises :class:`ModelError` if the hub
+    does not give it.
+    """
+    if _looks_local(path) or Path(path).exists():
+        return next((file for name in names if (file := Path(path) / name).is_file()), None)
+    from huggingface_hub import errors, hf_hub_download
+
+    refused: Exception | None = None
+    for name in names if fetch else ():
+        try:
+            return Path(hf_hub_download(path, name, revision=revision))
+        except errors.LocalEntryNotFoundError as error:  # without a network; another name may be in the cache
+            refused = refused or error
+        except errors.EntryNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            refused = error
+            break
+    if refused is not None:
+        why = (str(refused).strip() or type(refused).__name__).splitlines()[0]
+        raise ModelError(
+            f"{key}: the hub does not give '{path}': {why}; name a local folder, which `minivlm download {path}` makes"
+        ) from refused
+    return None
 
 
 def from_pretrained(part: str, auto_class: Any, path: str, **arguments: Any) -> nn.Module:
@@ -92,7 +124,7 @@ def weight_files(folder: Path) -> list[Path]:
 def weight_names(names: Iterable[str]) -> list[str]:
     """Which of the names in a folder of Hugging Face are its weights: one, or all shards."""
     # Beside its shards a folder may hold the same weights once more, in another format or by other names.
-    patterns = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
+    patterns = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin", "open_clip_pytorch_model.bin")
     listed = sorted(names)
     return next((found for pattern in patterns if (found := fnmatch.filter(listed, pattern))), [])
 

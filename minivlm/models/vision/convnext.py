@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minivlm.models.base import ModelError, VisionEncoder, on_meta_device
 from minivlm.models.configs import ConvNeXtMultiscaleConfig
-from minivlm.models.hub import hash_tensors, read_tensors
+from minivlm.models.hub import find_file, hash_tensors, read_tensors
 from minivlm.models.vision.maps import new_features, resize_into
 
 _KEY = "model.vision_encoder"
@@ -31,6 +31,7 @@ _DEFAULT = "convnext_large_d_320"
 _EPS: dict[Sizes, float] = {_VARIANTS["convnext_xxlarge"]: 1e-5}
 """Of the norms, by the sizes: no shape tells it. All others have 1e-6."""
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_SETTINGS = "open_clip_config.json"
 
 
 class ConvNeXtMultiscale(VisionEncoder):
@@ -44,8 +45,9 @@ class ConvNeXtMultiscale(VisionEncoder):
         super().__init__()
         from timm.models.convnext import ConvNeXt
 
-        weights = _read_trunk(config.path) if config.path else {}
-        depths, widths = sizes = _sizes(config, weights)
+        weights = _read_trunk(config)
+        settings = _read_settings(config)
+        depths, widths = sizes = _sizes(config, weights, settings)
         whole = ConvNeXt(
             depths=depths,
             dims=widths,
@@ -66,19 +68,20 @@ class ConvNeXtMultiscale(VisionEncoder):
             "size": config.image_size,
             "resize": "shortest_edge",
             "interpolation": "bicubic",
-            **_statistics(config.path),
+            **_statistics(settings),
             **{key: value for key, value in (("mean", config.mean), ("std", config.std)) if value},
         }
         if config.path and not on_meta_device():
-            self._load(config.path, weights)
+            self._load(config.path, config.revision, weights)
 
-    def _load(self, path: str, weights: dict[str, Tensor]) -> None:
+    def _load(self, path: str, revision: str | None, weights: dict[str, Tensor]) -> None:
         try:
             self.load_state_dict(weights)
         except RuntimeError as error:
             raise ModelError(f"{_KEY}.path: {path} holds another ConvNeXt: {error}") from error
         self.built_from = {"path": None, "depths": list(self.sizes[0]), "widths": list(self.sizes[1])}
         self.source = {"path": path, "sha256": hash_tensors(weights.items())}
+        self.source |= {"revision": revision} if revision else {}
 
     @property
     def is_random_when_frozen(self) -> bool:
@@ -113,7 +116,7 @@ class ConvNeXtMultiscale(VisionEncoder):
         return joined.flatten(1, 2)
 
 
-def _sizes(config: ConvNeXtMultiscaleConfig, weights: Mapping[str, Tensor]) -> Sizes:
+def _sizes(config: ConvNeXtMultiscaleConfig, weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Sizes:
     """Depths and widths; raises :class:`ModelError` when they are told twice or in part."""
     told = [name for name in ("path", "variant") if getattr(config, name)]
     own = config.depths is not None or config.widths is not None
@@ -127,7 +130,7 @@ def _sizes(config: ConvNeXtMultiscaleConfig, weights: Mapping[str, Tensor]) -> S
             raise ModelError(f"{_KEY}: depths and widths want four numbers each, got {depths} and {widths}")
         return tuple(depths), tuple(widths)
     if not weights:
-        return _VARIANTS[config.variant or _DEFAULT]
+        return _VARIANTS[_variant(settings) if config.path else config.variant or _DEFAULT]
     found = {(int(m[1]), int(m[2])) for name in weights if (m := re.match(r"stages\.(\d)\.blocks\.(\d+)\.", name))}
     gammas = [weights.get(f"stages.{stage}.blocks.0.gamma") for stage in range(4)]
     if any(gamma is None for gamma in gammas):
@@ -136,31 +139,58 @@ def _sizes(config: ConvNeXtMultiscaleConfig, weights: Mapping[str, Tensor]) -> S
     return tuple(depths), tuple(len(gamma) for gamma in gammas if gamma is not None)
 
 
-def _read_trunk(path: str) -> dict[str, Tensor]:
-    """Stem and stages of OpenCLIP's file, or of that in a folder, by our names."""
-    file = next((file for file in (Path(path), *(Path(path) / n for n in _WEIGHTS)) if file.is_file()), None)
+def _variant(settings: Mapping[str, Any]) -> str:
+    """The name of the sizes that OpenCLIP's settings tell, where no weights are at hand."""
+    told = settings["timm_model_name"]
+    found = next((name for name in _VARIANTS if name.startswith(told)), None)
+    if not told or found is None:
+        known = ", ".join(_VARIANTS)
+        raise ModelError(f"{_KEY}.path: {_SETTINGS} has the timm_model_name '{told}', of none of {known}")
+    return found
+
+
+def _read_trunk(config: ConvNeXtMultiscaleConfig) -> dict[str, Tensor]:
+    """Stem and stages of OpenCLIP's file, or of that in a folder, by our names.
+
+    Nothing where only shapes are wanted and there are no weights, but settings that tell them.
+    """
+    path, meta = config.path, on_meta_device()
+    if path is None:
+        return {}
+    key = f"{_KEY}.path"
+    file = Path(path) if Path(path).is_file() else find_file(key, path, _WEIGHTS, config.revision, fetch=not meta)
     if file is None:
-        raise ModelError(f"{_KEY}.path: there is no {' or '.join(_WEIGHTS)} in {path}")
+        if meta and find_file(key, path, [_SETTINGS], config.revision):
+            return {}
+        raise ModelError(f"{key}: there is no {' or '.join(_WEIGHTS)} in {path}")
     kept = (f"{_TRUNK}stem.", f"{_TRUNK}stages.")
     try:
         weights = {n.removeprefix(_TRUNK): tensor for n, tensor in read_tensors([file]) if n.startswith(kept)}
     except Exception as error:  # bytes that mean nothing make unpickling fail in any way
-        raise ModelError(f"{_KEY}.path: {file} cannot be read: {error}") from error
+        raise ModelError(f"{key}: {file} cannot be read: {error}") from error
     if not weights:
-        raise ModelError(f"{_KEY}.path: {file} holds no ConvNeXt of OpenCLIP ({_TRUNK}stem.*, {_TRUNK}stages.*)")
+        raise ModelError(f"{key}: {file} holds no ConvNeXt of OpenCLIP ({_TRUNK}stem.*, {_TRUNK}stages.*)")
     return weights
 
 
-def _statistics(path: str | None) -> dict[str, list[float]]:
-    """Mean and deviation of ``open_clip_config.json``; CLIP's, which OpenCLIP shares, without one."""
-    if path is None:
-        return _CLIP
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    file = folder / "open_clip_config.json"
-    if not file.is_file():
-        return _CLIP
+def _read_settings(config: ConvNeXtMultiscaleConfig) -> dict[str, Any]:
+    """timm_model_name, mean and std of ``open_clip_config.json`` beside the weights; nothing where there is none."""
+    if config.path is None:
+        return {}
+    folder = str(Path(config.path).parent) if Path(config.path).is_file() else config.path
+    file = find_file(f"{_KEY}.path", folder, [_SETTINGS], config.revision)
+    if file is None:
+        return {}
     try:
-        raw = json.loads(file.read_text(encoding="utf-8")).get("preprocess_cfg") or {}
-        return {key: [float(x) for x in raw[key]] if key in raw else _CLIP[key] for key in _CLIP}
+        content = json.loads(file.read_text(encoding="utf-8"))
+        vision = content.get("model_cfg", {}).get("vision_cfg", {})
+        pixels = content.get("preprocess_cfg", {})
+        statistics = {key: [float(x) for x in pixels[key]] for key in _CLIP if key in pixels}
+        return {"timm_model_name": str(vision.get("timm_model_name", "")), **statistics}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{_KEY}.path: {file} cannot be read: {error}") from error
+
+
+def _statistics(settings: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Mean and deviation of OpenCLIP's settings; CLIP's, which OpenCLIP shares, without them."""
+    return {key: settings.get(key, usual) for key, usual in _CLIP.items()}
