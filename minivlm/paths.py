@@ -35,9 +35,9 @@ def respelled(name: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def find_respelled(path: Path) -> Path:
-    """The path where something lies, its folders and itself under any spelling; as given where nothing does."""
-    places = [Path(path.anchor)]
+def find_respelled(path: Path, below: Path = Path()) -> Path:
+    """Where a path ``below`` a folder lies, each of its parts under any spelling; as given where nothing lies."""
+    places = [below / path.anchor]
     for part in path.relative_to(path.anchor).parts:
         places = [place / name for place in places for name in respelled(part) if (place / name).exists()]
-    return next(iter(places), path)
+    return next(iter(places), below / path)

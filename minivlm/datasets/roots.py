@@ -64,9 +64,10 @@ class RootTable:
 
 @dataclass
 class Found:
-    """What lies at a row: ``state`` is found, renamed, incomplete, empty or missing."""
+    """What lies at a row, in ``place``: ``state`` is found, renamed, incomplete, empty or missing."""
 
     path: str
+    place: Path
     row: Row
     state: str
     note: str = ""
@@ -123,20 +124,19 @@ def needed_rows(table: RootTable, training_files: Sequence[str]) -> dict[str, Ro
 
 def look(root: Path, path: str, row: Row) -> Found:
     """What lies at a row below ``root``; no file is read, and of a large folder not all are counted."""
-    place = find_respelled(root / path)
+    place = find_respelled(Path(path), root)
     if not place.exists():
-        return Found(path, row, "missing")
+        return Found(path, place, row, "missing")
     if place.is_dir() and is_empty(place):
-        return Found(path, row, "empty")
+        return Found(path, place, row, "empty")
     lacking = [names for names in row.holds if not _has_any(place, names)]
     if lacking:
-        return Found(
-            path, row, "incomplete", f"it has no {', no '.join(name.replace('|', ' or ') for name in lacking)}"
-        )
+        names = ", ".join(name.replace("|", " or ") for name in lacking)
+        return Found(path, place, row, "incomplete", f"it lacks {names}")
     note = _count(place) if place.is_dir() else f"{place.stat().st_size / 1e6:,.1f} MB"
     if place == root / path:
-        return Found(path, row, "found", note)
-    return Found(path, row, "renamed", f"as {place.relative_to(root)}; {note}")
+        return Found(path, place, row, "found", note)
+    return Found(path, place, row, "renamed", f"as {place.relative_to(root)}; {note}")
 
 
 def find_results(root: Path, results: Results) -> Iterator[tuple[Path, str]]:
@@ -183,7 +183,7 @@ def _count(folder: Path) -> str:
     """How many files are in a folder, and with which endings."""
     files = list(islice(_files(folder), MANY))
     endings = Counter(os.path.splitext(file)[1].lower() for file in files)
-    common = ", ".join(ending for ending, _ in endings.most_common(3) if ending)
+    common = ", ".join(sorted(filter(None, endings), key=lambda ending: (-endings[ending], ending))[:3])
     return f"{len(files):,}{'+' * (len(files) == MANY)} file(s)" + (f", {common}" if common else "")
 
 

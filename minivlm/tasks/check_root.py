@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -49,7 +50,7 @@ def check_root(
     lacking = [item for item in found if not item.is_there]
     for item in lacking:
         need = "" if item.path in needed else ", not needed for training"
-        said = f"{item.state}{need}: {root / item.path}{f' ({item.note})' if item.note else ''}"
+        said = f"{item.state}{need}: {item.place}{f' ({item.note})' if item.note else ''}"
         console.print(Text(said, "yellow" if need else "red"), soft_wrap=True)
         console.print(Text(f"  from {item.row.source}"), soft_wrap=True)
     _show_results(root, table, console)
@@ -59,14 +60,15 @@ def check_root(
     if not deep:
         return not wrong
     there = {item.path for item in found if item.is_there}
-    unusable = _check_records(root, [name for name in table.datasets if annotations_of(name) in there], console)
+    names = [name for name in table.datasets if annotations_of(name) in there]
+    unusable = {name: _check_records(root, name, console) for name in names}
     if write_missing is not None:
-        write_lists(write_missing, unusable, console)
-    return not wrong and not any(unusable.values())
+        write_lists(write_missing, {name: found for name, found in unusable.items() if found}, console)
+    return not wrong and not any(found is None or found for found in unusable.values())
 
 
 def _table(title: str, found: Sequence[Found]) -> Table:
-    table = Table("place", "state", "what is there", "needed by (train_configs)", title=title)
+    table = Table("place", "state", "what is there", "needed by (train_configs)", title=Text(title), box=SIMPLE)
     for column in table.columns:
         column.overflow = "fold"
     for item in found:
@@ -85,14 +87,11 @@ def _show_results(root: Path, table: RootTable, console: Console) -> None:
         console.print(f"no results in {table.results.folder} yet", markup=False, highlight=False)
 
 
-def _check_records(root: Path, names: Sequence[str], console: Console) -> dict[str, Unusable]:
-    """What :func:`check_pictures` says of the datasets."""
-    unusable = {}
-    for name in names:
-        try:
-            samples = root_builder(root, name).build("train")
-        except DatasetError as error:
-            console.print(Text(str(error), "yellow"), soft_wrap=True)
-            continue
-        unusable[name] = check_pictures(name, samples, console)
-    return unusable
+def _check_records(root: Path, name: str, console: Console) -> Unusable | None:
+    """What :func:`check_pictures` says of a dataset; None if its annotations cannot be read."""
+    try:
+        samples = root_builder(root, name).build("train")
+    except DatasetError as error:
+        console.print(Text(str(error), "red"), soft_wrap=True)
+        return None
+    return check_pictures(name, samples, console)
