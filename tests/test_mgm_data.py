@@ -275,6 +275,14 @@ def test_running_numbers_as_ids_and_no_ids_are_no_overlap(compare: Pair) -> None
     assert compare([record("", answer="red")] * 5, [record("", answer="red")] * 9) == []
 
 
+def test_the_same_records_may_be_asked_in_two_directions(tmp_path: Path) -> None:
+    whole = [{"id": f"r{n}", "image": "1.png", "phrase": f"thing {n}", "boxes": [[0, 0, n, n]]} for n in range(9)]
+    file = put(tmp_path / "a.json", [each | {"width": 16, "height": 16} for each in whole])
+    built = [(key, builder(tmp_path, key, annotations=str(file)).build("train")) for key in ("refcoco", "invrefcoco")]
+    assert list(overlaps(built)) == []
+    assert len(list(overlaps([*built, ("again", built[0][1])]))) == 1
+
+
 def test_first_samples_and_other_data_are_understood(tmp_path: Path) -> None:
     data = build(tmp_path, [record(f"r{n}") for n in range(9)])
     assert len(list(overlaps([("a", Head(data, 5)), ("b", data)]))) == 1

@@ -10,6 +10,7 @@ import numpy as np
 
 from minivlm.datasets.records import RecordDataset
 from minivlm.evaluation.vqa import evenly_spaced
+from minivlm.types import SampleError
 
 SHARE = 0.9
 """A dataset counts as part of another that has more than this share of its ids, and the same behind them."""
@@ -37,11 +38,18 @@ def _records(samples: Any) -> RecordDataset[Any] | None:
 
 
 def _are_same(small: RecordDataset[Any], large: RecordDataset[Any], shared: Any, ids: Any, theirs: Any) -> bool:
-    """Whether most of a few records with the same id are equal."""
+    """Whether most of a few records with the same id are equal, and what is learned from them."""
     chosen: Sequence[int] = [int(shared[n]) for n in evenly_spaced(len(shared), LOOKED_AT)]
     equal = 0
     for number in chosen:
-        record = small.record(number)
         twins = islice(np.flatnonzero(theirs == ids[number]), LOOKED_AT)
-        equal += any(large.record(int(twin)) == record for twin in twins)
+        equal += any(_is_same(small, number, large, int(twin)) for twin in twins)
     return 2 * equal > len(chosen)
+
+
+def _is_same(one: RecordDataset[Any], number: int, other: RecordDataset[Any], twin: int) -> bool:
+    try:
+        # Of the same record one dataset may ask for the box of a phrase, another for the phrase of a box.
+        return one.record(number) == other.record(twin) and one[number].messages == other[twin].messages
+    except SampleError:
+        return False
