@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from minivlm.paths import respelled
 from minivlm.registry import register
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -78,7 +79,9 @@ _RECORDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         (
             *("llava_conversation", "llava_detail", "llava_reason", "multitask_conversation"),
             *("blip_laion_cc_sbu_558k", "llava_v1_5_mix665k"),
-            *("mgm_pretrain", "mgm_instruction"),
+            *respelled("mgm_pretrain"),
+            *respelled("mgm_instruction"),
+            *respelled("mgm_generation_pure_text"),
         ),
     ),
     "caption_json": (
@@ -109,7 +112,7 @@ _RECORDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         ("unnatural_instruction",),
     ),
 }
-"""Formats of records, each with the names under which MiniGPT-v2, LLaVA-1.5 and Imp have data of that kind."""
+"""Formats of records, each with the names under which MiniGPT-v2, LLaVA-1.5, Imp and Mini-Gemini have such data."""
 
 _TEMPLATE_ALIASES = {
     "vicuna_v1": ("v1", "imgsp_v1", "phi2"),
@@ -118,7 +121,7 @@ _TEMPLATE_ALIASES = {
 }
 """Other names of packaged templates, those of LLaVA and Mini-Gemini and Imp's phi2."""
 
-ARCH_ALIASES = {"mgm": "mini_gemini", "minigemini": "mini_gemini"}
+ARCH_ALIASES = {other: "mini_gemini" for other in respelled("mini_gemini")}
 """Other names of packaged families, under ``model.arch``."""
 
 _SUMMARIES = {
@@ -151,6 +154,7 @@ _SUMMARIES = {
     ("dataset", "llava_v1_5_mix665k"): "second stage of LLaVA-1.5 and Imp: conversations, some without a picture",
     ("dataset", "mgm_pretrain"): "first stage of Mini-Gemini: pictures with captions",
     ("dataset", "mgm_instruction"): "second stage of Mini-Gemini: conversations, some without a picture",
+    ("dataset", "mgm_generation_pure_text"): "prompts for pictures, in words; part of mgm_instruction",
     ("task", "image_text_pretrain"): "train on captions or conversations; evaluate the loss",
     ("task", "instruction_tuning"): "the same, under the name that users of LLaVA look for",
     ("task", "vqa"): "answer questions; accuracy per question type beside two baselines",
@@ -172,7 +176,8 @@ def register_all() -> None:
             register(kind, name, f"minivlm.{target}", summary=_SUMMARIES[kind, name], **extra)
     for format_name, (target, settings, summary, names) in _RECORDS.items():
         for name in (format_name, *names):
-            named = _SUMMARIES.get(("dataset", name), f"{format_name} as MiniGPT-v2 names it")
+            known = [_SUMMARIES[key] for key in (("dataset", each) for each in respelled(name)) if key in _SUMMARIES]
+            named = known[0] if known else f"{format_name} as MiniGPT-v2 names it"
             said = summary if name == format_name else named
             register("dataset", name, f"minivlm.{target}", config=f"minivlm.{settings}", summary=said)
     for path in sorted((CONFIGS / "templates").glob("*.yaml")):

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo": (demo, "open the web page of a model"),
         "generate": (generate, "answers about a folder of pictures or a JSONL file, in batches"),
         "check-data": (check_data, "read the data of an experiment file and report what is wrong"),
+        "check-root": (check_root, "compare a folder with the tree that a published system trains in"),
         "prepare-captions": (prepare_captions, "make img2dataset's download list from lists of {url, caption}"),
         "inspect": (inspect, "say what a file of weights or a folder holds, and what it is good for"),
         "convert": (convert, "write MiniGPT-4's .pth files as model folders, and back"),
@@ -207,6 +208,7 @@ def check_data(argv: list[str]) -> int:
     """``minivlm check-data``: read samples of every dataset and report."""
     parser = _experiment_parser("check-data", "Read the data of an experiment file and report what is wrong.")
     parser.add_argument("--limit", type=int, default=1000, help="samples to read of every split (default 1000)")
+    _add_deep(parser)
     arguments = _parse(parser, argv)
 
     def work() -> int:
@@ -214,9 +216,44 @@ def check_data(argv: list[str]) -> int:
 
         from minivlm.tasks.check_data import check_experiment
 
-        return 0 if check_experiment(_load(arguments), Console(), arguments.limit) else 1
+        deep = arguments.deep or arguments.write_missing is not None
+        experiment = _load(arguments)
+        return 0 if check_experiment(experiment, Console(), arguments.limit, deep, arguments.write_missing) else 1
 
     return guarded(work)
+
+
+def check_root(argv: list[str]) -> int:
+    """``minivlm check-root [ROOT]``: models, data and results of a published system, and what of them lacks."""
+    from pathlib import Path
+
+    description = "Compare a folder with the tree that a published system trains in, and say what is missing."
+    parser = argparse.ArgumentParser(prog="minivlm check-root", description=description)
+    parser.add_argument("root", nargs="?", type=Path, default=Path(), help="folder with model_zoo, data (default: .)")
+    parser.add_argument("--system", default="mini_gemini", help="whose tree, or a YAML file with one of your own")
+    parser.add_argument("--for", nargs="+", default=(), dest="files", metavar="YAML", help="only what these files need")
+    _add_deep(parser)
+    arguments = parser.parse_args(argv)
+
+    def work() -> int:
+        from rich.console import Console
+
+        from minivlm.tasks.check_root import check_root as check
+
+        deep = arguments.deep or arguments.write_missing is not None
+        fine = check(arguments.root, arguments.system, Console(), arguments.files, deep, arguments.write_missing)
+        return 0 if fine else 1
+
+    return guarded(work)
+
+
+def _add_deep(parser: argparse.ArgumentParser) -> None:
+    from pathlib import Path
+
+    parser.add_argument("--deep", action="store_true", help="look for the picture files of all records")
+    parser.add_argument(
+        "--write-missing", type=Path, metavar="FOLDER", help="as --deep, and write lists of records without pictures"
+    )
 
 
 def prepare_captions(argv: list[str]) -> int:

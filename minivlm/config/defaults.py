@@ -12,7 +12,7 @@ from minivlm.config.experiment import StageConfig
 from minivlm.config.interpolation import peek
 from minivlm.config.layers import overlay
 from minivlm.config.source import KeyPath, Tree, read_yaml
-from minivlm.paths import is_weight_file
+from minivlm.paths import is_weight_file, respelled
 from minivlm.registry import suggest
 
 FOLDER = builtins.CONFIGS
@@ -100,7 +100,7 @@ def add_dataset_defaults(tree: Tree, problems: list[Problem]) -> Tree:
         name = peek(tree, (*path, "name")) if given.get("name") is not None else key
         name = given["name"] if isinstance(node, str) else name
         kind = peek(tree, (*path, "type")) if given.get("type") is not None else "default"
-        file = FOLDER / "datasets" / str(name) / f"{kind}.yaml"
+        file = packaged_dataset(str(name)) / f"{kind}.yaml"
         if file.is_file():
             try:
                 merged = overlay(_under(read_yaml(file), path, str(name)), merged, StageConfig)
@@ -116,6 +116,12 @@ def add_dataset_defaults(tree: Tree, problems: list[Problem]) -> Tree:
             merged.values["datasets"][key] = {k: v for k, v in node.items() if k != "type"}
             merged.marks.pop((*path, "type"), None)
     return merged
+
+
+def packaged_dataset(name: str) -> Path:
+    """The folder of a dataset's packaged defaults, under any spelling of its name; it need not exist."""
+    folders = [FOLDER / "datasets" / each for each in respelled(name)]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def read_model(file: Path) -> Tree:

@@ -17,6 +17,7 @@ from minivlm.config.layers import overlay
 from minivlm.config.legacy import translate
 from minivlm.config.nodes import belongs, places
 from minivlm.config.options import parse_options
+from minivlm.config.overlap import overlap_notes
 from minivlm.config.source import KeyPath, Mark, Tree, leaves, read_yaml, with_string_keys
 from minivlm.config.stages import SECTIONS, split_stages
 from minivlm.config.validate import validate
@@ -50,6 +51,7 @@ def load_config(path: str | os.PathLike[str], options: Sequence[str] | None = No
     ready = [stage for stage in stages if stage is not None]
     if work.problems:
         raise ConfigError(work.problems)
+    work.notes += [note for stage in ready for note in overlap_notes(stage)]
     notes, imports = (list(dict.fromkeys(each)) for each in (work.notes, work.imports))
     return Experiment(ready, Path(name), notes, imports, work.variables)
 

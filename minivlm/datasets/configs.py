@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,26 @@ class RecordConfig(DatasetConfig):
         help="folders that must lie below `images` and hold something, with where each comes from (null: not asked "
         "for); all that lack are named before anything is read",
     )
+    renames: dict[str, str] = setting(
+        factory=dict,
+        help="where a picture is missing: regular expressions, and what to put into its path for what they match; the "
+        "first file that is there is taken, and counted by check-data",
+    )
+    skip: str | None = setting(
+        None,
+        help="file with ids of records to leave out, one a line or as in bad_samples.jsonl (`check-data "
+        "--write-missing` writes one)",
+    )
+    part_of: list[str] = setting(
+        factory=list, help="names of datasets that hold all of this one already; the two together are warned about"
+    )
+
+    def __post_init__(self) -> None:
+        for pattern, to in self.renames.items():
+            try:
+                re.compile(pattern).sub(to, "")
+            except (re.error, IndexError) as error:
+                raise ValueError(f"renames: {pattern!r} to {to!r} is no replacement ({error})") from error
 
 
 @dataclass(kw_only=True)

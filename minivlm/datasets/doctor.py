@@ -17,7 +17,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 from minivlm.datasets.base import DatasetBuilder
-from minivlm.datasets.records import RecordDataset, record_id
+from minivlm.datasets.records import RecordDataset
 from minivlm.datasets.streams import SampleStream, ShardError, sample_or_error
 from minivlm.evaluation.vqa import evenly_spaced
 from minivlm.processors.image import open_image
@@ -40,9 +40,12 @@ ADVICE = {
     "refused": "see the reason",
     "unknown key": "rename the key; it is ignored as it stands",
     "other ending": "nothing to do: the file that is there is taken",
+    "other name": "nothing to do: `renames` of the dataset leads to the file that is there",
+    "joined markers": "nothing to do where a message shows one picture; the template makes one marker of several",
+    "lost question": "use another template, or give every turn its picture: of this one's user only pictures stay",
 }
 """Kinds of findings, in the order of the report, and what to do about them."""
-HARMLESS = ("other ending",)
+HARMLESS = ("other ending", "other name", "joined markers")
 """Kinds that are told, but are no fault."""
 TEXT_KINDS = ("record", "picture path", "nothing supervised")
 """Kinds that make a record useless by its text alone, and so are looked for in all records."""
@@ -143,7 +146,7 @@ def _skim(samples: RecordDataset[Any], numbers: Sequence[int], report: Report) -
         sample_id = str(number)
         try:
             record = samples.record(number)
-            sample_id = record_id(record, number)
+            sample_id = samples.sample_id(record, number)
             for text in samples.complaints(record, number):
                 kind, _, what = text.partition(": ")
                 found.setdefault(kind, []).append(what)
@@ -242,6 +245,7 @@ class _Encoder:
             encoded = self.uncut.encode(sample)
             if encoded.num_supervised == 0:
                 raise SampleError(sample.id, "nothing is supervised")
+            found |= _examine_markers(sample, getattr(self.processor, "template", None))
             size = len(encoded.input_ids)
             self.report.lengths.append(size)
             self.report.supervised.append(encoded.num_supervised)
@@ -255,6 +259,20 @@ class _Encoder:
             found |= pictures or {_kind(error): [error.reason]}
             return False
         return True
+
+
+def _examine_markers(sample: Sample, template: Any) -> dict[str, list[str]]:
+    """What the template makes of the user's text, where a record may mean something else."""
+    found = {}
+    texts = [(number, m.content or "") for number, m in enumerate(sample.messages, 1) if m.role == "user"]
+    markers = sum(text.count(IMAGE_MARKER) for _, text in texts)
+    if markers > len(sample.images):
+        found["joined markers"] = [f"{markers} x {IMAGE_MARKER} in the text for {len(sample.images)} picture(s)"]
+    if template is not None and template.config.user_text == "drop":
+        lost = [number for number, text in texts if IMAGE_MARKER not in text]
+        if lost:
+            found["lost question"] = [f"turn {', '.join(map(str, lost))} shows no picture"]
+    return found
 
 
 def _kind(error: SampleError) -> str:

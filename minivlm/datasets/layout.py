@@ -21,7 +21,7 @@ def check_layout(name: str, split: str, annotations: Path, images: Path, config:
     for folder, source in folders.items():
         if not folder.is_dir():
             lacking.append(f"there is no folder {folder}{_from(source)}")
-        elif _is_empty(folder):
+        elif is_empty(folder):
             lacking.append(f"the folder {folder} is empty{_from(source)}")
     if not lacking:
         return
@@ -42,7 +42,7 @@ def _lacking(split: str, annotations: Path, images: Path, source: str | None) ->
     if images != annotations.parent or annotations.is_file():
         if not images.is_dir():
             yield f"there is no folder {images}; correct `images`, the folder of the pictures{_from(source)}"
-        elif source and _is_empty(images):
+        elif source and is_empty(images):
             yield f"the folder {images} is empty; the pictures belong into it{_from(source)}"
 
 
@@ -50,6 +50,7 @@ def _from(source: str | None) -> str:
     return f" (from {source})" if source else ""
 
 
-def _is_empty(folder: Path) -> bool:
+def is_empty(folder: Path) -> bool:
+    """Whether nothing lies in a folder."""
     with os.scandir(folder) as entries:
         return next(entries, None) is None

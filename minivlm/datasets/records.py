@@ -10,13 +10,14 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Generic, TypeVar
 
 from minivlm.datasets.base import DatasetBuilder, DatasetError
 from minivlm.datasets.configs import RecordConfig
 from minivlm.datasets.layout import check_layout
+from minivlm.paths import find_respelled
 from minivlm.registry import suggest
 from minivlm.types import Sample, SampleError
 
@@ -31,7 +32,8 @@ _BLANK = re.compile(r"[ \t\r\n]*")
 class RecordDataset(Sequence[Sample], Generic[ConfigT]):
     """The records of one file, parsed on access; pickles as paths and byte offsets.
 
-    A subclass states :meth:`complaints` and :meth:`sample`.
+    A subclass states :meth:`complaints` and :meth:`sample`. ``ids`` holds a hash of every record's id, 0 for none,
+    in the process that opened the file.
     """
 
     def __init__(self, path: Path, images: Path, config: ConfigT, name: str):
@@ -39,7 +41,17 @@ class RecordDataset(Sequence[Sample], Generic[ConfigT]):
         self.images = images
         self.config = config
         self.name = name
-        self._spans = scan_records(path)
+        self.ids = array("q")
+        self._spans = scan_records(path, lambda record: self.ids.append(_hash_id(record)))
+        self._kept: Sequence[int] = range(len(self.ids))
+        if config.skip is not None:
+            skipped = _read_ids(Path(config.skip).expanduser())
+            numbers = (n for n, known in enumerate(self.ids) if (known or hash(str(n))) not in skipped)
+            self._kept = array("q", numbers)
+            self.ids = array("q", (self.ids[n] for n in self._kept))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"ids": array("q")}  # hashes of strings mean nothing to another process
 
     def complaints(self, record: Any, index: int) -> list[str]:
         """Everything that is wrong with a record, as ``"<kind>: <what>"``; an empty list if nothing is.
@@ -53,12 +65,12 @@ class RecordDataset(Sequence[Sample], Generic[ConfigT]):
         raise NotImplementedError
 
     def __len__(self) -> int:
-        return len(self._spans) // 2
+        return len(self._kept)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         """Sample ``index``; raises :class:`SampleError` naming the record and what is wrong."""
         record = self.record(index)
-        sample_id = record_id(record, index)
+        sample_id = self.sample_id(record, index)
         for complaint in self.complaints(record, index):
             if complaint.startswith(UNUSABLE):
                 raise SampleError(sample_id, complaint.partition(": ")[2])
@@ -68,37 +80,47 @@ class RecordDataset(Sequence[Sample], Generic[ConfigT]):
         """The parsed record ``index``, unchecked."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} records, not one at {index}")
-        start, end = self._spans[2 * (index % len(self)) :][:2]
+        number = self._kept[index]
+        start, end = self._spans[2 * number], self._spans[2 * number + 1]
         try:
             with open(self.path, "rb") as file:
                 file.seek(start)
                 return json.loads(file.read(end - start).decode("utf-8"))
         except (OSError, ValueError) as error:
             raise SampleError(
-                str(index % len(self)),
+                str(number),
                 f"cannot be read at byte {start} of {self.path} ({error}); "
                 "the file is not UTF-8, or it was changed after it was opened",
             ) from error
 
+    def sample_id(self, record: Any, index: int) -> str:
+        """The ``id`` of record ``index``, or its place in the file."""
+        return record_id(record, self._kept[index])
+
     def picture(self, name: str) -> Path:
-        """The file of a picture: where it is absent, one that is named alike but for the ending of a picture.
+        """The file of a picture: where it is absent, one under a name of ``renames``, or with another ending.
 
         Records name every picture of OCR-VQA ``.jpg``, while its loader writes ``.gif`` and ``.png``, too.
         """
-        path = self.images / name
-        if os.path.exists(path) or path.suffix.lower() not in PICTURE_ENDINGS:
-            return path
-        others = (path.with_suffix(ending) for ending in PICTURE_ENDINGS)
-        return next((other for other in others if os.path.isfile(other)), path)
+        return next((file for file in self._places(name) if os.path.exists(file)), self.images / name)
+
+    def _places(self, name: str) -> Iterator[Path]:
+        """Where a picture may lie, none of it outside the folder of the pictures."""
+        renamed = (re.sub(pattern, to, name) for pattern, to in self.config.renames.items())
+        for each in (name, *(other for other in renamed if not _untrusted(other))):
+            path = self.images / each
+            yield path
+            if path.suffix.lower() in PICTURE_ENDINGS:
+                yield from (path.with_suffix(ending) for ending in PICTURE_ENDINGS)
 
     def check(self, index: int) -> list[str]:
-        """What the data doctor asks of a record: :meth:`complaints`, and pictures found under another ending."""
+        """What the data doctor asks of a record: :meth:`complaints`, and pictures found under another name."""
         record = self.record(index)
         found = self.complaints(record, index)
         if any(text.startswith(UNUSABLE) for text in found):
             return found
         files = [(self.images / name, self.picture(name)) for name in image_names(record)]
-        return found + [f"other ending: {named} lies there as {file.name}" for named, file in files if file != named]
+        return found + [_renamed(named, file, self.images) for named, file in files if file != named]
 
 
 class RecordBuilder(DatasetBuilder[ConfigT]):
@@ -122,16 +144,45 @@ class RecordBuilder(DatasetBuilder[ConfigT]):
             raise DatasetError(
                 f"dataset '{self.name}' has no split '{split}'{suggest(split, files)}; it has: {', '.join(files)}"
             )
-        path = Path(files[split]).expanduser()
-        images = path.parent if self.config.images is None else Path(self.config.images).expanduser()
+        path = find_respelled(Path(files[split]).expanduser())
+        images = path.parent if self.config.images is None else find_respelled(Path(self.config.images).expanduser())
         check_layout(self.name, split, path, images, self.config)
         return self.dataset(path, images, self.config, self.name)
 
 
-def scan_records(path: Path) -> array[int]:
+def _renamed(named: Path, file: Path, images: Path) -> str:
+    if (named.parent, named.stem) == (file.parent, file.stem):
+        return f"other ending: {named} lies there as {file.name}"
+    return f"other name: {named} lies there as {file.relative_to(images)}"
+
+
+def _hash_id(record: Any) -> int:
+    """The hash of a record's id as :func:`scan_records` shows it, 0 for a record without one."""
+    known = record_id(record, -1)
+    if known == "-1":
+        return 0
+    try:
+        known = known.encode("latin-1").decode("utf-8")
+    except ValueError:  # it was written in escapes
+        pass
+    return hash(known) or 1
+
+
+def _read_ids(path: Path) -> set[int]:
+    """The hashes of the ids in a file for ``skip``; raises :class:`DatasetError` if it cannot be read."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [str(json.loads(line)["id"]) if line.startswith("{") else line for line in lines if line]
+    except (OSError, ValueError, KeyError) as error:
+        raise DatasetError(f"`skip`: {path} is no list of ids, one a line or {{id: ...}} a line ({error!r})") from error
+    return {hash(known) or 1 for known in found}
+
+
+def scan_records(path: Path, each: Callable[[Any], object] = lambda record: None) -> array[int]:
     """First and last byte of every record: ``[start0, end0, start1, end1, ...]``.
 
-    Raises :class:`DatasetError` with the line for broken JSON, and for a file without records.
+    ``each`` is called with every record, in whose strings a character stands for a byte of the file. Raises
+    :class:`DatasetError` with the line for broken JSON, and for a file without records.
     """
     # Latin-1 gives one character a byte, so offsets are those of the file, and JSON's own marks are
     # ASCII in UTF-8: the limits of the records are the same. The text itself is decoded on access.
@@ -139,7 +190,7 @@ def scan_records(path: Path) -> array[int]:
     position = _skip(text, 3 if text.startswith("\xef\xbb\xbf") else 0)
     scan = _scan_array if text.startswith("[", position) else _scan_lines
     try:
-        spans = scan(text, position)
+        spans = scan(text, position, each)
     except json.JSONDecodeError as error:
         raise DatasetError(
             f"{path}, line {error.lineno}, column {error.colno}: broken JSON ({error.msg}); "
@@ -155,7 +206,7 @@ def _skip(text: str, position: int) -> int:
     return found.end() if found else position
 
 
-def _scan_array(text: str, position: int) -> array[int]:
+def _scan_array(text: str, position: int, each: Callable[[Any], object]) -> array[int]:
     decode = json.JSONDecoder().raw_decode
     spans = array("q")
     position = _skip(text, position + 1)
@@ -164,7 +215,8 @@ def _scan_array(text: str, position: int) -> array[int]:
             if not text.startswith(",", position):
                 raise json.JSONDecodeError("Expecting ',' or ']' behind a record", text, position)
             position = _skip(text, position + 1)
-        _, end = decode(text, position)
+        record, end = decode(text, position)
+        each(record)
         spans.extend((position, end))
         position = _skip(text, end)
     behind = _skip(text, position + 1)
@@ -173,11 +225,12 @@ def _scan_array(text: str, position: int) -> array[int]:
     return spans
 
 
-def _scan_lines(text: str, position: int) -> array[int]:
+def _scan_lines(text: str, position: int, each: Callable[[Any], object]) -> array[int]:
     decode = json.JSONDecoder().raw_decode
     spans = array("q")
     while position < len(text):
-        _, end = decode(text, position)
+        record, end = decode(text, position)
+        each(record)
         spans.extend((position, end))
         position = _skip(text, end)
         if position < len(text) and "\n" not in text[end:position]:

@@ -18,6 +18,7 @@ from minivlm.config.experiment import Experiment, StageConfig, to_container
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.doctor import render_mask
 from minivlm.datasets.feed import make_feed
+from minivlm.datasets.overlap import overlaps
 from minivlm.datasets.training_set import build_datasets, build_split, preview
 from minivlm.models.tuning import PartRow, part_table
 from minivlm.models.vlm import VisionLanguageModel
@@ -95,6 +96,8 @@ def _show_data(stage: StageConfig, model: VisionLanguageModel, processor: VLMPro
     except DatasetError as error:
         console.print(Text(f"data: {error}", style="red"))
         return False
+    for text in overlaps((source.key, source.samples) for source in sources):
+        console.print(Text(f"data: {text}", style="yellow"))
     length = 0
     for encoded in islice(preview(sources[0].samples, processor, run.seed), 2):
         if isinstance(encoded, SampleError):

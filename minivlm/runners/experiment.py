@@ -20,6 +20,7 @@ from minivlm.checkpoints.report import CheckpointError
 from minivlm.config.experiment import Experiment, StageConfig, to_container
 from minivlm.config.global_batch import accumulation
 from minivlm.datasets.feature_cache import FeatureCacheError
+from minivlm.datasets.overlap import overlaps
 from minivlm.datasets.streams import SampleStream
 from minivlm.datasets.training_set import Source, build_datasets, build_split
 from minivlm.io import write_atomic, write_json
@@ -74,6 +75,9 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
     if run.evaluate and stage.model.checkpoint is None:
         stage.model.checkpoint = str(find_model_folder(folder))
     data = Splits(stage)  # what lacks there is told before anything large is read
+    if engine.rank == 0:
+        for text in overlaps((source.key, source.samples) for source in data.train):
+            console.print(f"data: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     seed_everything(run.seed)
     model, processor, stage.model = assemble(stage.model)
     model.to(engine.device)
