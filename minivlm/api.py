@@ -154,7 +154,7 @@ def assemble(
     if config.checkpoint and is_llava_folder(Path(config.checkpoint)):
         own = [part for part in PARTS if (node := getattr(config, part)) and _names_base(node)]
         described = parse_model(describe(Path(config.checkpoint), own), config.checkpoint)
-        note = _not_taken(config, described)
+        note = _not_taken(config, described) or _another_template(config, described)
         config.checkpoint = described.checkpoint
         config = _fill(config, described)
     elif config.checkpoint and not is_weight_file(config.checkpoint):
@@ -277,17 +277,31 @@ def _fill(config: ModelConfig, saved: ModelConfig) -> ModelConfig:
     return config
 
 
-_BASE = ("path", "config", "revision", "pretrained")
+_BASE = ("path", "config", "revision", "pretrained", "variant", "depths")
 """Settings that say where the weights of a part come from, or what it is built of."""
 
 
 def _names_base(part: ModelPart) -> bool:
-    return bool(part.weights) or any(getattr(part.config, key, None) for key in _BASE)
+    return bool(part.weights) or _all_say(part, _BASE)
 
 
 def _has_weights(part: ModelPart) -> bool:
     """Whether it says where its weights come from; ``config`` alone tells only what they belong to."""
-    return bool(part.weights) or any(getattr(part.config, key, None) for key in ("path", "pretrained"))
+    return bool(part.weights) or _all_say(part, ("path", "pretrained"))
+
+
+def _all_say(part: Part, keys: Sequence[str]) -> bool:
+    """Whether a part has one of the settings, or every part that it consists of."""
+    inner = _inner(part)
+    if inner:
+        return all(_all_say(each, keys) for each in inner.values())
+    return any(getattr(part.config, key, None) for key in keys)
+
+
+def _inner(part: Part) -> dict[str, Part]:
+    """The parts inside a part, as the two encoders of ``dual``."""
+    values = vars(part.config) if dataclasses.is_dataclass(part.config) else {}
+    return {name: value for name, value in values.items() if isinstance(value, Part)}
 
 
 def _not_taken(config: ModelConfig, described: ModelConfig) -> str | None:
@@ -300,12 +314,25 @@ def _not_taken(config: ModelConfig, described: ModelConfig) -> str | None:
     return f"NOTE: of {config.checkpoint} {' and '.join(vain)} is not taken, since {keys} names other weights"
 
 
-def _is_open(given: ModelPart | None, saved: ModelPart | None) -> bool:
+def _another_template(config: ModelConfig, described: ModelConfig) -> str | None:
+    """Of Mini-Gemini the language model tells the template; a preset of another size would have another one."""
+    given, wanted, is_whole = config.template, described.template, described.checkpoint is None
+    assert described.vision_encoder and wanted
+    if not given or not is_whole or described.vision_encoder.name != "dual" or given.config == wanted.config:
+        return None
+    return f"NOTE: model.template is {given.name}, but such a model as {config.checkpoint} answers in {wanted.name}"
+
+
+def _is_open(given: Part | None, saved: Part | None) -> bool:
     """Whether a node leaves to the checkpoint what the part is built of."""
     if given is None or saved is None:
         return True
-    base = any(getattr(given.config, key, None) for key in _BASE)
-    return given.name == saved.name and hasattr(given.config, "path") and not base
+    if given.name != saved.name:
+        return False
+    inner = _inner(given)
+    if inner:
+        return all(_is_open(each, getattr(saved.config, name)) for name, each in inner.items())
+    return hasattr(given.config, "path") and not _all_say(given, _BASE)
 
 
 def _fill_part(given: ModelPart | None, saved: ModelPart) -> ModelPart:
@@ -319,11 +346,20 @@ def _fill_part(given: ModelPart | None, saved: ModelPart) -> ModelPart:
         return given
     given.lora = given.lora or saved.lora
     given.weights = given.weights if _has_weights(given) else saved.weights
-    if _is_open(given, saved):  # what is left out means as in the checkpoint
+    _fill_settings(given, saved)
+    return given
+
+
+def _fill_settings(given: Part, saved: Part) -> None:
+    """What is left out means as in the checkpoint, if that says what the part is built of."""
+    is_open = _is_open(given, saved)
+    for name, inner in _inner(given).items():
+        if inner.name == getattr(saved.config, name).name:
+            _fill_settings(inner, getattr(saved.config, name))
+    if is_open:
         for item in dataclasses.fields(given.config):
             if getattr(given.config, item.name) == item.default:
                 setattr(given.config, item.name, getattr(saved.config, item.name))
-    return given
 
 
 def resolve_device(device: str) -> torch.device:

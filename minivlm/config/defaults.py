@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,17 @@ def add_model_defaults(tree: Tree, problems: list[Problem]) -> Tree | None:
     if isinstance(checkpoint, str) and not is_weight_file(checkpoint):
         # The folder of a model holds every part; a .pth file only what was trained.
         held = ("weights", "path", "revision") if _is_whole(Path(checkpoint)) else ("weights",)
-        for part in defaults.values["model"].values():
-            if isinstance(part, dict):
-                for key in held:
-                    part.pop(key, None)
+        _forget(defaults.values["model"], held)
     return overlay(defaults, tree, StageConfig)
+
+
+def _forget(node: dict[str, Any], keys: Sequence[str]) -> None:
+    """Take keys out of the parts of a node, and of those inside them (the encoders of ``dual``)."""
+    for part in node.values():
+        if isinstance(part, dict):
+            for key in keys if "name" in part else ():
+                part.pop(key, None)
+            _forget(part, keys)
 
 
 def _is_whole(folder: Path) -> bool:
