@@ -154,7 +154,7 @@ def assemble(
     if config.checkpoint and is_llava_folder(Path(config.checkpoint)):
         own = [part for part in PARTS if (node := getattr(config, part)) and _names_base(node)]
         described = parse_model(describe(Path(config.checkpoint), own), config.checkpoint)
-        note = _not_taken(config, described)
+        note = _not_taken(config, described) or _another_template(config, described)
         config.checkpoint = described.checkpoint
         config = _fill(config, described)
     elif config.checkpoint and not is_weight_file(config.checkpoint):
@@ -312,6 +312,15 @@ def _not_taken(config: ModelConfig, described: ModelConfig) -> str | None:
         return None
     keys = ", ".join(f"model.{part}" for part in vain)
     return f"NOTE: of {config.checkpoint} {' and '.join(vain)} is not taken, since {keys} names other weights"
+
+
+def _another_template(config: ModelConfig, described: ModelConfig) -> str | None:
+    """Of Mini-Gemini the language model tells the template; a preset of another size would have another one."""
+    given, wanted, is_whole = config.template, described.template, described.checkpoint is None
+    assert described.vision_encoder and wanted
+    if not given or not is_whole or described.vision_encoder.name != "dual" or given.config == wanted.config:
+        return None
+    return f"NOTE: model.template is {given.name}, but such a model as {config.checkpoint} answers in {wanted.name}"
 
 
 def _is_open(given: Part | None, saved: Part | None) -> bool:

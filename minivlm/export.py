@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from minivlm.checkpoints.to_llava import Layout
     from minivlm.config import ModelConfig
     from minivlm.models.vlm import VisionLanguageModel
     from minivlm.processors.processor import VLMProcessor
@@ -83,23 +84,34 @@ def to_transformers(job: Job) -> None:
 
 def to_llava(job: Job) -> None:
     """A model in the layout of LLaVA and Imp: a whole one, LoRA, or a projector."""
-    _write_llava(job, fused=False)
+    from minivlm.checkpoints.to_llava import LLAVA_LAYOUT
+
+    _write_folder(job, LLAVA_LAYOUT)
 
 
 def to_imp_v1(job: Job) -> None:
     """A model on Phi-2 in the layout of Imp-v1."""
-    _write_llava(job, fused=True)
+    from minivlm.checkpoints.to_llava import IMP_V1_LAYOUT
+
+    _write_folder(job, IMP_V1_LAYOUT)
 
 
-def _write_llava(job: Job, fused: bool) -> None:
+def to_mgm(job: Job) -> None:
+    """A model with two encoders in the layout of Mini-Gemini: a whole one, LoRA, or the file of the first stage."""
+    from minivlm.checkpoints.to_mgm import MGM_LAYOUT
+
+    _write_folder(job, MGM_LAYOUT)
+
+
+def _write_folder(job: Job, layout: Layout) -> None:
     from minivlm.api import cast
-    from minivlm.checkpoints.to_llava import write_llava
+    from minivlm.checkpoints.to_llava import write_folder
     from minivlm.models.base import DTYPES
 
     model, processor, config = assemble_own(job.source, job.cfg_path, job.options)
     if job.dtype:
         cast(model, DTYPES[job.dtype])
-    names = write_llava(job.target, model, processor, config, fused=fused)
+    names = write_folder(job.target, layout, model, processor, config)
     print(f"{job.target}: {len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
 
 
@@ -164,5 +176,7 @@ FORMATS = {
     "llava": Format(to_llava),
     "imp": Format(to_llava),
     "imp_v1": Format(to_imp_v1),
+    "mgm": Format(to_mgm),
+    "mini_gemini": Format(to_mgm),
     "minigpt4": Format(to_minigpt4, reads_folder=True),
 }

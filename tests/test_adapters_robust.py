@@ -20,7 +20,7 @@ from tuning_models import PHI, QKV, batch, build, logits, section, stir
 import minivlm
 from minivlm.checkpoints.native import Manifest, load_weights, read_manifest, save_model, trained_names
 from minivlm.checkpoints.report import CheckpointError
-from minivlm.checkpoints.to_llava import write_llava
+from minivlm.checkpoints.to_llava import IMP_V1_LAYOUT, LLAVA_LAYOUT, write_folder
 from minivlm.cli import main
 from minivlm.config import load_config
 from minivlm.models import build as build_module
@@ -69,7 +69,7 @@ def test_another_alpha_than_that_of_the_checkpoint_is_refused(base: dict[str, An
 
 def to_folder(folder: Path, model: VisionLanguageModel, processor: Any, config: Any, **adapter: Any) -> str:
     """A LoRA folder of LLaVA's kind whose ``adapter_config.json`` says what is given."""
-    write_llava(folder, model, processor, config)
+    write_folder(folder, LLAVA_LAYOUT, model, processor, config)
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(settings | adapter))
     return str(folder)
@@ -131,7 +131,7 @@ def test_three_matrices_are_not_written_as_one(base: dict[str, Any], tmp_path: P
     with pytest.raises(
         CheckpointError, match=r"no place for .*k_proj\.lora_A.*; fold adapters in with `minivlm merge`"
     ):
-        write_llava(tmp_path / "x", built, processor, config, fused=True)
+        write_folder(tmp_path / "x", IMP_V1_LAYOUT, built, processor, config)
     assert not (tmp_path / "x").exists()
 
 

@@ -27,6 +27,7 @@ _NO_WEIGHTS = {
 }
 ADAPTER = "adapter_config.json"
 _SETTINGS = {"config": "config.json", "adapter": ADAPTER}
+_KINDS: dict[type, str] = {str: "a text", int: "a whole number"}
 _NESTED = ("model", "state_dict", "module")
 
 
@@ -169,6 +170,16 @@ def read_json(key: str, file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{key}: {file} holds no mapping")
     return content
+
+
+def json_value(key: str, settings: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    """A value of ``config.json``; what is null counts as left out. Raises :class:`CheckpointError` for another kind."""
+    value = settings.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise CheckpointError(f"{key}: config.json has {name} {value!r}, wanted is {_KINDS[kind]}")
+    return value
 
 
 def _unpack(content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minivlm.checkpoints.files import WeightFile
 from minivlm.checkpoints.report import CheckpointError, LoadReport, fill
+from minivlm.models.base import PartModule
 from minivlm.models.lora import is_adapter
 from minivlm.models.vlm import VisionLanguageModel
 
@@ -66,9 +67,11 @@ class Size:
 class Format:
     """One kind of file. ``key`` is the setting that takes it, ``base`` says that its weights are a fixed base.
 
-    A file is of this format if some name fits each pattern of ``signature``. ``always`` and ``together`` are
+    A file is of this format if some name fits each pattern of ``signature`` and the ``config.json`` beside it, if
+    there is one, has the keys in ``wants``. ``always`` and ``together`` are
     patterns of our names: the model's tensors of the first must all be in the file, those of each of the second
     all or none. ``initial`` names what keeps its initial value, ones and zeros, when the file does not hold it.
+    ``repeats`` names what the file holds whether it has been trained or not.
     ``ranks`` says how many dimensions a tensor has whose name, in the file, ends so.
     ``explain`` tells in words what a comparison of shapes would not, or None; ``describe`` adds to what
     ``sizes`` tell about a file.
@@ -80,7 +83,9 @@ class Format:
     rules: tuple[Rule, ...]
     always: tuple[str, ...]
     together: tuple[str, ...] = ()
+    wants: tuple[str, ...] = ()
     initial: tuple[str, ...] = ()
+    repeats: tuple[str, ...] = ()
     sizes: tuple[Size, ...] = ()
     ranks: Mapping[str, int] = field(default_factory=dict)
     base: bool = False
@@ -96,8 +101,10 @@ class Format:
         """What must be in the file when ``part`` (empty: the model) is filled from it."""
         return (f"{part}.*",) if part and not self.part else self.always
 
-    def recognises(self, names: Iterable[str]) -> bool:
-        """Whether a file with these names is of this format."""
+    def recognises(self, names: Iterable[str], settings: Mapping[str, Any] | None = None) -> bool:
+        """Whether a file with these names, and ``settings`` beside it, is of this format."""
+        if isinstance(settings, Mapping) and any(settings.get(key) is None for key in self.wants):
+            return False
         listed = list(names)
         return all(any(matches(pattern, name) for name in listed) for pattern in self.signature)
 
@@ -231,7 +238,12 @@ def check_foreign(
     needed = [*form.always_of(part), *(p for p in form.together if any(matches(p, name) for name in given.tensors))]
     wanted = {n: t for n, t in own.items() if n in given.tensors or any(matches(p, n) for p in needed)}
     tied = {id(own[name]) for name in given.tensors if name in own}  # a head that is the embeddings is stored once
-    lacking = {n for n, t in wanted.items() if n not in given.tensors and (id(t) in tied or _may_lack(form, n, part))}
+    elsewhere = tuple(p for p in _inner_bases(model) if not any(name.startswith(p) for name in given.tensors))
+    lacking = {
+        n
+        for n, t in wanted.items()
+        if n not in given.tensors and (id(t) in tied or _may_lack(form, n, part) or n.startswith(elsewhere))
+    }
     wanted = {n: t for n, t in wanted.items() if n not in lacking}
     report = LoadReport.compare(wanted, given.tensors, model.fits)
     report.unexpected = [given.theirs[name] for name in report.unexpected]
@@ -252,6 +264,16 @@ def _leave_others(given: Translation, part: str) -> None:
 def _may_lack(form: Format, name: str, part: str) -> bool:
     """Whether a tensor that is wanted need not be in the file: a base knows no adapters and leaves initial values."""
     return bool(part or form.base) and (is_adapter(name) or any(matches(pattern, name) for pattern in form.initial))
+
+
+def _inner_bases(model: VisionLanguageModel) -> tuple[str, ...]:
+    """The beginnings of names of encoders inside another that a folder of their own gives (the towers of ``dual``)."""
+    inner = model.vision_encoder.named_children()
+    return tuple(f"vision_encoder.{name}." for name, child in inner if _has_path(child))
+
+
+def _has_path(module: Any) -> bool:
+    return isinstance(module, PartModule) and bool(getattr(getattr(module, "config", None), "path", None))
 
 
 def measure(size: Size, tensors: Mapping[str, Any]) -> int | None:

@@ -50,6 +50,8 @@ def inspect_path(path: str) -> list[Row]:
         return [*rows, ("on", _words(targets)), ("base", str(adapter.get("base_model_name_or_path")))]
     if (folder / "config.json").is_file():
         return _hugging_face(folder)
+    if any(folder.glob("open_clip_*")):
+        return _open_clip(folder)
     return _model_folder(find_model_folder(folder))
 
 
@@ -113,7 +115,7 @@ def _model_folder(folder: Path) -> list[Row]:
 
 def _llava_folder(folder: Path) -> list[Row]:
     """A whole model, adapters, or a projector; which, its files tell."""
-    section = describe(folder)
+    section = describe(folder, find=False)
     file = read_weights(_KEY, str(folder), shapes_only=True)
     form = identify(_KEY, file)
     assert form  # or it could not be described
@@ -123,11 +125,8 @@ def _llava_folder(folder: Path) -> list[Row]:
     rows += form.describe(file)
     for part in PARTS:
         node = section[part]
-        inner = node.get("config") or {}
-        sizes = [f"{key} {inner[key]}" for key in (*_SIZES, "vocab_size") if key in inner]
-        kind = str(inner.get("model_type") or node.get("path") or f"{node['name']} {node.get('depth', '')}").strip()
-        rows.append((part, ", ".join([kind, *sizes])))
-        if not (node.get("weights") or node.get("path") or part == "connector"):
+        rows += _part(part, node)
+        if part == "language_model" and not (node.get("weights") or node.get("path")):
             rows.append(("to be named", f"model.{part}.path, on which it was trained"))
     language = section["language_model"]
     if language.get("weights") and not language.get("tokenizer"):
@@ -136,8 +135,33 @@ def _llava_folder(folder: Path) -> list[Row]:
     return rows + _contents(file)
 
 
+def _part(name: str, node: Mapping[str, Any]) -> list[Row]:
+    """What a part is, and each part inside it; a folder that is not there has a row of its own."""
+    known = {**node, **_mapping(node.get("config"))}
+    keys = (*_SIZES, "vocab_size", "depths", "widths", "grid", "global_view")
+    sizes = [f"{key} {known[key]}" for key in keys if known.get(key)]
+    what = known.get("model_type") or node.get("path") or f"{node['name']} {node.get('depth', '')}"
+    rows = [(name, ", ".join([str(what).strip(), *sizes]))]
+    path = node.get("path")
+    if path and not Path(path).is_dir():
+        rows.append(("not a folder here", f"{path}: a hub id, or to be named as model.{name}.path"))
+    for key, inner in node.items():
+        if isinstance(inner, dict) and "name" in inner:
+            rows += _part(f"{name}.{key}", inner)
+    return rows
+
+
 def _size(files: Iterable[Path]) -> int:
     return sum(file.stat().st_size for file in files)
+
+
+def _open_clip(folder: Path) -> list[Row]:
+    files = sorted(folder.glob("open_clip_*model.*"))
+    if not files:
+        return [("format", "folder of OpenCLIP"), ("files", "no weights (open_clip_pytorch_model.bin)")]
+    rows = [row for row in _file(str(files[0])) if row[0] != "good for"]
+    key = "model.vision_encoder.path (name: convnext_multiscale), or model.vision_encoder.high.path of dual"
+    return [("format", f"folder of OpenCLIP, {files[0].name}"), ("good for", key), *rows[1:]]
 
 
 def _hugging_face(folder: Path) -> list[Row]:

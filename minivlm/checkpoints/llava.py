@@ -18,6 +18,7 @@ from minivlm.models.vlm import PARTS, VisionLanguageModel
 
 _LM = "language_model.model."
 _BUFFER = "buffers, which are computed anew"
+UNUSED_LAYERS = "of layers that are not used"
 
 
 def tower(ours: str) -> tuple[Rule, ...]:
@@ -26,7 +27,7 @@ def tower(ours: str) -> tuple[Rule, ...]:
     return (
         Rule(theirs + "head.*", why="of the pooling head, which is not used"),
         Rule(theirs + "embeddings.position_ids", why=_BUFFER),
-        Rule(theirs + "*.#.*", ours + "*.#.*", "of layers that are not used"),
+        Rule(theirs + "*.#.*", ours + "*.#.*", UNUSED_LAYERS),
         Rule(theirs + "*", ours + "*"),
     )
 
@@ -36,7 +37,12 @@ def projector(ours: str) -> tuple[Rule, ...]:
     return (Rule("mm_projector.#.*", ours + "layers.#.*"), Rule("mm_projector.*", ours + "linear.*"))
 
 
-_VISUAL = (*tower("vision_encoder.model."), *projector("connector."))
+_SECOND = tuple(
+    Rule(name, why="of a second encoder, which config.json does not name")
+    for name in ("vision_tower_aux.*", "vlm_uni_*")
+)
+"""Mini-Gemini, which such a folder makes a plain LLaVA."""
+_VISUAL = (*tower("vision_encoder.model."), *projector("connector."), *_SECOND)
 
 _LLAVA = (
     Rule("*.rotary_emb.inv_freq", why=_BUFFER),
@@ -64,7 +70,7 @@ _FUSED = (
 )
 
 
-def _adapters(theirs: str, ours: tuple[str, ...]) -> tuple[Rule, ...]:
+def adapters(theirs: str, ours: tuple[str, ...]) -> tuple[Rule, ...]:
     """The two matrices of an adapter, in the spelling that is written and in the one with the adapter's name."""
     return tuple(
         Rule(
@@ -77,16 +83,14 @@ def _adapters(theirs: str, ours: tuple[str, ...]) -> tuple[Rule, ...]:
     )
 
 
-_PEFT = "base_model.model."
-_LLAVA_LORA = (
-    *_adapters("model.*.", (_LM + "model.*.",)),
-    *_adapters("lm_head.", (_LM + "lm_head.",)),
-    *_LLAVA,
-)
+PEFT = "base_model.model."
+ADAPTERS = (*adapters("model.*.", (_LM + "model.*.",)), *adapters("lm_head.", (_LM + "lm_head.",)))
+"""Adapters on language models whose names are those of transformers."""
+_LLAVA_LORA = (*ADAPTERS, *_LLAVA)
 _FUSED_LORA = (
-    *_adapters(_BLOCK + "mixer.Wqkv.", _QKV),
-    *(rule for theirs, ours in _LINEAR.items() for rule in _adapters(_BLOCK + theirs, (_OUR_BLOCK + ours,))),
-    *_adapters("lm_head.linear.", (_LM + "lm_head.",)),
+    *adapters(_BLOCK + "mixer.Wqkv.", _QKV),
+    *(rule for theirs, ours in _LINEAR.items() for rule in adapters(_BLOCK + theirs, (_OUR_BLOCK + ours,))),
+    *adapters("lm_head.linear.", (_LM + "lm_head.",)),
     *_FUSED,
 )
 
@@ -148,15 +152,18 @@ def _whole(name: str, signature: tuple[str, ...], rules: tuple[Rule, ...]) -> Fo
     )
 
 
-def _lora(name: str, signature: str, rules: tuple[Rule, ...]) -> Format:
+def lora(
+    name: str, signature: tuple[str, ...], rules: tuple[Rule, ...], sizes: tuple[Size, ...] = _VISION_SIZES
+) -> Format:
+    """Adapters of peft with what trained beside them; ``rules`` for the names behind those of peft."""
     return Format(
         name,
         "model.checkpoint",
-        (signature,),
-        prefixed(_PEFT, rules),
+        tuple(PEFT + pattern for pattern in signature),
+        prefixed(PEFT, rules),
         always=("language_model.*.lora_*",),
         together=("connector.*",),
-        sizes=(_RANK, *_VISION_SIZES),
+        sizes=(_RANK, *sizes),
         explain=_other_lora,
         describe=_describe_lora,
     )
@@ -164,13 +171,13 @@ def _lora(name: str, signature: str, rules: tuple[Rule, ...]) -> Format:
 
 FUSED = _whole("Phi-2 in its first layout", ("transformer.h.#.mixer.Wqkv.weight",), _FUSED)
 LLAVA = _whole("a model of LLaVA's layout", ("model.layers.#.*", "*mm_projector.*"), _LLAVA)
-FUSED_LORA = _lora("LoRA on Phi-2 in its first layout", _PEFT + "transformer.h.#.*lora_A.*", _FUSED_LORA)
-LLAVA_LORA = _lora("LoRA in LLaVA's layout", _PEFT + "*lora_A.*", _LLAVA_LORA)
+FUSED_LORA = lora("LoRA on Phi-2 in its first layout", ("transformer.h.#.*lora_A.*",), _FUSED_LORA)
+LLAVA_LORA = lora("LoRA in LLaVA's layout", ("*lora_A.*",), _LLAVA_LORA)
 PROJECTOR = Format(
     "a projector of LLaVA's first stage",
     "model.connector.weights",
     ("**mm_projector.*",),
-    prefixed("**", projector("connector.")),
+    prefixed("**", (*projector("connector."), *_SECOND)),
     always=("connector.*",),
     sizes=_VISION_SIZES,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Container, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,22 @@ from minivlm.checkpoints.files import (
     ADAPTER,
     WeightFile,
     is_llava_folder,
+    json_value,
     read_json,
     read_weights,
 )
 from minivlm.checkpoints.llava import lora_alpha
 from minivlm.checkpoints.llava_hf import describe_config
 from minivlm.checkpoints.loading import identify
-from minivlm.checkpoints.mgm_folder import with_second_encoder
+from minivlm.checkpoints.mgm_folder import names_two_encoders, with_second_encoder
 from minivlm.checkpoints.report import CheckpointError
+from minivlm.checkpoints.towers import find_folder, need_folder
 from minivlm.models.hub import weight_files
 from minivlm.models.vision.hf import picture_settings
 
 _KEY = "model.checkpoint"
-_PREFIXES = ("imp", "llava", "mgm", "mini_gemini", "tiny_llava")
+_get = partial(json_value, _KEY)
+_PREFIXES = ("imp", "llava", "mgm", "mini_gemini", "minigemini", "tiny_llava")
 _FAMILIES = {"": "llama", "qwen": "qwen2", "qwen1.5": "qwen2", "phi-msft": "phi", "mixformer-sequential": "phi"}
 """Types of language models by what stands behind the system's name in ``model_type``, where it is another word."""
 _TEMPLATES = {"qwen2": "qwen2", "phi3": "phi3"}
@@ -58,17 +62,17 @@ _NO_SIZES = {
 }
 _MAY_BE_NULL = {"sliding_window", "pad_token_id"}
 """Settings of language models whose null differs from what transformers takes when they are left out."""
-_HELD = ".vision_tower.vision_tower.vision_model."
+_HELD = "vision_tower.vision_tower.vision_model."
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-_KINDS: dict[type, str] = {str: "a text", int: "a whole number"}
 
 
-def describe(folder: Path, own: Container[str] = ()) -> dict[str, Any]:
+def describe(folder: Path, own: Container[str] = (), *, find: bool = True) -> dict[str, Any]:
     """Section ``model`` of a folder.
 
     A whole model is named as ``weights`` of the parts it holds; adapters and a projector stay the ``checkpoint``,
     and want the language model that they were trained on. What ``config.json`` says of the parts in ``own`` does
-    not count, since they are described elsewhere. Raises :class:`CheckpointError` for what is not known.
+    not count, since they are described elsewhere. Encoders that are not in it must be found unless ``find`` is
+    false. Raises :class:`CheckpointError` for what is not known.
     """
     settings = read_json(_KEY, folder / "config.json")
     file = read_weights(_KEY, str(folder), shapes_only=True)
@@ -90,12 +94,21 @@ def describe(folder: Path, own: Container[str] = ()) -> dict[str, Any]:
         language = {"name": "hf", "weights": whole}
     else:
         language = _language_model(folder, settings, file)
-    tower, held = _tower(folder, settings), {n: t for n, t in file.tensors.items() if _HELD in n}
+    name = _get(settings, "mm_vision_tower", str) or _get(settings, "vision_tower", str, "")
+    tower, held = find_folder(folder, name), {n: t for n, t in file.tensors.items() if _HELD in n}
+    two = names_two_encoders(settings)
     siglip = not any("class_embedding" in name for name in held) if held else "siglip" in tower.lower()
     if "vision_encoder" in own:
         encoder: dict[str, Any] = {"name": "hf", "weights": whole if held else None}
     else:
-        encoder = _vision_encoder(folder, settings, tower, held, siglip)
+        encoder = _encoder_settings(settings, siglip)
+        if held:
+            encoder |= {"config": _tower_config(tower, held, encoder["layer"], siglip), "weights": whole}
+        elif find:
+            key = "model.vision_encoder.low.path" if two else "model.vision_encoder.path"
+            encoder["path"] = need_folder(folder, name, "mm_vision_tower", key, hub=True)
+        else:
+            encoder["path"] = tower or None
     section = {
         "vision_encoder": encoder,
         "connector": {**_connector(settings), "weights": whole},
@@ -104,17 +117,7 @@ def describe(folder: Path, own: Container[str] = ()) -> dict[str, Any]:
         "processor": _processor(settings, Path(tower), siglip),
         "checkpoint": None if whole else str(folder),
     }
-    return with_second_encoder(section, settings, file, kind) if "mm_vision_tower_aux" in settings else section
-
-
-def _get(settings: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    """A value of ``config.json``; what is null counts as left out."""
-    value = settings.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise CheckpointError(f"{_KEY}: config.json has {key} {value!r}, wanted is {_KINDS[kind]}")
-    return value
+    return with_second_encoder(section, settings, file, kind, own=own, find=find) if two else section
 
 
 def _of_transformers(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +221,7 @@ def _base(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     adapter = read_json(_KEY, folder / ADAPTER) if (folder / ADAPTER).is_file() else {}
     named = adapter.get("base_model_name_or_path") or settings.get("_name_or_path")
     if named:
-        node["path"] = str(named)
+        node["path"] = find_folder(folder, str(named))
     if settings.get("model_type") in _SPECIAL:
         node["special_tokens"] = dict(_SPECIAL[settings["model_type"]])
     if adapter:
@@ -238,28 +241,11 @@ def _lora(adapter: Mapping[str, Any]) -> dict[str, Any]:
     return {**lora, "target_modules": named} | ({"shared_a": [ours["Wqkv"]]} if is_fused else {})
 
 
-def _tower(folder: Path, settings: Mapping[str, Any]) -> str:
-    """Where ``mm_vision_tower`` points: a folder beside the files or above them, else as it is; empty without one."""
-    tower = _get(settings, "mm_vision_tower", str) or _get(settings, "vision_tower", str, "")
-    local = next((p for p in (folder, *folder.resolve().parents[:3]) if tower and (p / tower).is_dir()), None)
-    return str(local / tower) if local else tower
-
-
-def _vision_encoder(
-    folder: Path, settings: Mapping[str, Any], tower: str, held: Mapping[str, Tensor], siglip: bool
-) -> dict[str, Any]:
-    """The tower: from the file if it is in there (``held``), else from where ``mm_vision_tower`` points."""
+def _encoder_settings(settings: Mapping[str, Any], siglip: bool) -> dict[str, Any]:
+    """What is taken of the tower; its weights are in the file or where ``mm_vision_tower`` points."""
     layer = _get(settings, "mm_vision_select_layer", int, -2)
     keeps = _get(settings, "mm_vision_select_feature", str, "patch") != "patch"
-    node = {"name": "hf", "layer": layer, "freeze": True, "class_token": "keep" if keeps and not siglip else "drop"}
-    if held:
-        return {**node, "config": _tower_config(tower, held, layer, siglip), "weights": str(folder)}
-    if not tower:
-        raise CheckpointError(
-            f"{_KEY}: {folder} holds no vision encoder, and its config.json names none (mm_vision_tower); name it as "
-            "model.vision_encoder.path"
-        )
-    return {**node, "path": tower}
+    return {"name": "hf", "layer": layer, "freeze": True, "class_token": "keep" if keeps and not siglip else "drop"}
 
 
 def _tower_config(tower: str, held: Mapping[str, Tensor], layer: int, siglip: bool) -> dict[str, Any]:

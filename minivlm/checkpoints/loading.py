@@ -9,6 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from minivlm.checkpoints import llava, llava_hf, mgm, minigpt4, native, openclip, parts
 from minivlm.checkpoints.files import WeightFile, check_path, is_llava_folder, local_path, read_weights
 from minivlm.checkpoints.foreign import Format, check_foreign, load_foreign, matches
@@ -39,7 +42,7 @@ OTHERS = (
 
 def identify(key: str, file: WeightFile) -> Format | None:
     """The foreign format that has tensors of these names; raises :class:`CheckpointError` for impossible shapes."""
-    form = next((form for form in FORMATS if form.recognises(file.tensors)), None)
+    form = next((form for form in FORMATS if form.recognises(file.tensors, file.extra.get("config"))), None)
     wrong = form and form.wrong_rank(file.tensors)
     if form and wrong:
         raise CheckpointError(f"{key}: {file.path} ({form.name}): {wrong}")
@@ -185,11 +188,29 @@ def load_checkpoint(model: VisionLanguageModel, config: ModelConfig, start: Path
         parts.keep_bases(model, config, start)
     else:
         file, form = _read_checkpoint(config.checkpoint)
-        report = load_foreign(model, file, form, _CHECKPOINT)
+        report, tensors = check_foreign(model, file, form, _CHECKPOINT)
+        _leave_out_bases(model, form, report, tensors)
+        fill(model, tensors, f"{_CHECKPOINT}: {file.path}")
         report.still_random = _still_random(model, config, set(report.matched))
         parameters = {file_name(name) for name, _ in model.named_parameters()}
         model.trained_before = [name for name in report.matched if name in parameters]
     model.load_reports.append(report)
+
+
+def _leave_out_bases(model: VisionLanguageModel, form: Format, report: LoadReport, tensors: dict[str, Tensor]) -> None:
+    """Do not take for trained what a file repeats of a base, as the first stage of Mini-Gemini its encoders.
+
+    The same is what rounds to the values in the file, which may be half as wide.
+    """
+    sourced = [part for part in PARTS if getattr(model, part).source]
+    own = {f"{part}.{name}": tensor for part in sourced for name, tensor in base_state(getattr(model, part)).items()}
+    own = {name: tensor for name, tensor in own.items() if any(matches(p, name) for p in form.repeats)}
+    repeated = {n for n, t in own.items() if n in tensors and torch.equal(t.detach().to(tensors[n].dtype), tensors[n])}
+    for name in repeated:
+        del tensors[name]
+    report.matched = [name for name in report.matched if name not in repeated]
+    if repeated:
+        report.ignored["the same in the base"] = sorted(repeated)
 
 
 def _read_checkpoint(path: str, *, shapes_only: bool = False) -> tuple[WeightFile, Format]:

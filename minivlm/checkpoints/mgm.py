@@ -1,9 +1,15 @@
-"""The layout of Mini-Gemini (Li et al. 2024), later named MGM: a language model with visual parts put into it."""
+"""The layouts of Mini-Gemini (Li et al. 2024), later named MGM: a language model with visual parts put into it.
+
+Whole models, files of the first stage, which hold the visual parts, and LoRA adapters with what trained beside them.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from minivlm.checkpoints import llava
 from minivlm.checkpoints.foreign import Format, Rule, Size, prefixed
+from minivlm.models.vlm import PARTS
 
 _MINING = {"query": "query", "aux": "key", "val": "value"}
 VISUAL = (
@@ -16,13 +22,14 @@ VISUAL = (
 """Both encoders, mining and projector: behind ``model.`` in a whole model, behind nothing or a prefix otherwise."""
 
 _LM = "language_model.model."
-_MOE, _OUR_MOE = "model.layers.#.block_sparse_moe.", _LM + "model.layers.#.mlp."
+EXPERTS = "model.layers.#.block_sparse_moe."
+_OUR_EXPERTS = _LM + "model.layers.#.mlp."
 LANGUAGE = (
     Rule("*.rotary_emb.inv_freq", why="buffers, which are computed anew"),
-    Rule(_MOE + "gate.*", _OUR_MOE + "gate.*"),
-    Rule(_MOE + "experts.#.w1.weight", _OUR_MOE + "experts.gate_up_proj", stacked=(0, 2)),
-    Rule(_MOE + "experts.#.w3.weight", _OUR_MOE + "experts.gate_up_proj", stacked=(1, 2)),
-    Rule(_MOE + "experts.#.w2.weight", _OUR_MOE + "experts.down_proj", stacked=(0, 1)),
+    Rule(EXPERTS + "gate.*", _OUR_EXPERTS + "gate.*"),
+    Rule(EXPERTS + "experts.#.w1.weight", _OUR_EXPERTS + "experts.gate_up_proj", stacked=(0, 2)),
+    Rule(EXPERTS + "experts.#.w3.weight", _OUR_EXPERTS + "experts.gate_up_proj", stacked=(1, 2)),
+    Rule(EXPERTS + "experts.#.w2.weight", _OUR_EXPERTS + "experts.down_proj", stacked=(0, 1)),
     Rule("model.*", _LM + "model.*"),
     Rule("lm_head.*", _LM + "lm_head.*"),
 )
@@ -30,17 +37,32 @@ LANGUAGE = (
 
 _RULES = (*prefixed("model.", VISUAL), *LANGUAGE)
 _UNUSED_NORM = ("vision_encoder.low.model.post_layernorm.*",)
+_SIZES = (
+    Size("width of the language model", "model.language_model", "connector.projector.layers.2.weight", 0),
+    Size("width of the low encoder", "model.vision_encoder.low", "connector.query.0.weight", 0),
+    Size("width of the high encoder", "model.vision_encoder.high", "connector.key.0.weight", 0),
+)
+_CONFIG = ("image_size_aux", "mm_vision_tower_aux")
+"""Without one of these in its ``config.json`` a folder is a plain LLaVA."""
+
 MGM = Format(
     "a model of Mini-Gemini",
     "model.checkpoint",
     ("model.vlm_uni_query_projector.*", "model.layers.#.*"),
     _RULES,
     always=(),
+    together=tuple(f"{part}.*" for part in PARTS),
+    wants=_CONFIG,
     initial=_UNUSED_NORM,
     sizes=(
-        Size("width of the language model", "model.language_model", "connector.projector.layers.2.weight", 0),
-        Size("width of the low encoder", "model.vision_encoder.low", "connector.query.0.weight", 0),
-        Size("width of the high encoder", "model.vision_encoder.high", "connector.key.0.weight", 0),
+        *_SIZES,
+        Size(
+            "layers of the language model",
+            "model.language_model",
+            "language_model.model.model.layers.#.self_attn.q_proj.weight",
+            None,
+        ),
+        Size("embeddings", "model.language_model", "language_model.model.model.embed_tokens.weight", 0),
     ),
     base=True,
 )
@@ -50,5 +72,22 @@ PROJECTOR = Format(
     ("**vlm_uni_query_projector.*",),
     prefixed("**", VISUAL),
     always=("connector.*",),
+    together=("vision_encoder.low.*", "vision_encoder.high.*"),
+    wants=_CONFIG,
+    repeats=("vision_encoder.*",),
+    sizes=_SIZES,
 )
-FORMATS = (MGM, PROJECTOR)
+BARE = Format(
+    "a bare projector of Mini-Gemini",
+    "model.checkpoint",
+    ("0.weight", "0.bias", "2.weight"),
+    (Rule("#.*", "connector.projector.layers.#.*"),),
+    always=("connector.projector.*",),
+    sizes=_SIZES[:1],
+)
+"""What the original takes for one: names without a prefix. Mining stays as it was."""
+LORA = replace(
+    llava.lora("LoRA in Mini-Gemini's layout", ("*lora_A.*", "*vlm_uni_*"), (*llava.ADAPTERS, *_RULES), _SIZES),
+    wants=_CONFIG,
+)
+FORMATS = (MGM, LORA, PROJECTOR, BARE)

@@ -22,8 +22,8 @@ class ModelConfig:
     processor: Part | None = setting(factory=lambda: {"name": "vlm"}, part="processor")
     checkpoint: str | None = setting(
         None,
-        help="what to start from: a folder written by minivlm, which alone also brings the parts, or a .pth file of "
-        "MiniGPT-4 or MiniGPT-v2 (path or URL)",
+        help="what to start from: a folder written by minivlm or one of LLaVA, Imp or Mini-Gemini, which alone also "
+        "bring the parts, or a file (path or URL) of MiniGPT-4, MiniGPT-v2 or the first stage of Mini-Gemini",
     )
 
 
