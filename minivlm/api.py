@@ -22,6 +22,7 @@ from minivlm.config.loader import list_model_defaults, parse_model
 from minivlm.config.options import parse_options
 from minivlm.models.base import DTYPES, ModelError
 from minivlm.models.build import build_model
+from minivlm.models.placement import place
 from minivlm.models.quantization import quantise
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.paths import is_placeholder, is_weight_file
@@ -59,7 +60,7 @@ def load(
     model, processor, _ = assemble(config)
     if dtype is not None:
         cast(model, DTYPES[dtype] if isinstance(dtype, str) else dtype)
-    return model.to(resolve_device(device)).eval(), processor
+    return place(model, resolve_device(device)).eval(), processor
 
 
 def cast(model: VisionLanguageModel, dtype: torch.dtype) -> VisionLanguageModel:
@@ -83,7 +84,7 @@ def load_model_and_preprocess(
     weights must be named (MiniGPT-4: by options or environment variables).
     """
     model, processor, _ = assemble(registry_model(name, model_type, options))
-    model.to(resolve_device(device)).train(not is_eval)
+    place(model, resolve_device(device)).train(not is_eval)
     name_of_input = next(iter(processor.transforms))
 
     def vis_processor(image: Any) -> torch.Tensor:

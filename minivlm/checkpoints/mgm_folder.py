@@ -37,7 +37,10 @@ def with_second_encoder(
         "vision_encoder": {**encoder, "freeze": True, "weights": held},
         "connector": {"name": "patch_info_mining", "projector": projector, "weights": whole},
         "processor": {**section["processor"], "image": image},
-        "template": _TEMPLATES.get(kind) or _LLAMA_TEMPLATES.get(settings.get("vocab_size", 0), "vicuna_v1"),
+        "template": {
+            "name": _TEMPLATES.get(kind) or _LLAMA_TEMPLATES.get(settings.get("vocab_size", 0), "vicuna_v1"),
+            "chat": {"image_number": "Image {number}:"},  # only its chat has ever seen several pictures
+        },
     }
 
 

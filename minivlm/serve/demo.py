@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from minivlm.config.errors import ConfigError
 from minivlm.registry import RegistryError
-from minivlm.serve.loading import add_arguments, decoding, load_model, parse, read_stage
+from minivlm.serve.loading import ServeError, add_arguments, decoding, load_model, parse, stage_of
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from minivlm.config.experiment import StageConfig
     from minivlm.serve.chat import Chat
 
@@ -51,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="demo.py", description="Talk to a model about pictures.")
     add_arguments(parser)
     parser.add_argument("--cli", action="store_true", help="in the terminal instead of the browser")
+    parser.add_argument("--image-file", metavar="FILE", help="with --cli: path or URL, or several with commas between")
+    parser.add_argument("--query", help="print one answer and end")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="also open a public link through gradio's servers")
@@ -58,18 +62,33 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    stage = read_stage(arguments.cfg_path, arguments.options)
+    stage = stage_of(arguments)
+    images = _pictures(stage, arguments)
     factory = _chats(stage, arguments)
+    if arguments.query is not None:
+        print(factory().ask(arguments.query, images))
+        return 0
     if arguments.cli:
         from minivlm.serve.terminal import run_terminal
 
         _line_editing()
-        run_terminal(factory(), stage.demo)
+        run_terminal(factory(), stage.demo, images)
         return 0
     from minivlm.serve.web import launch
 
     launch(factory, stage.demo, host=arguments.host, port=arguments.port, share=arguments.share)
     return 0
+
+
+def _pictures(stage: StageConfig, arguments: argparse.Namespace) -> list[Image]:
+    """What --image-file names, read before the model is loaded."""
+    if arguments.image_file is None:
+        return []
+    if not arguments.cli and arguments.query is None:
+        raise ServeError("--image-file is for --cli and --query; on the page pictures are uploaded")
+    from minivlm.serve.pictures import read_pictures
+
+    return read_pictures(arguments.image_file, stage.demo.max_upload_mb)
 
 
 def _chats(stage: StageConfig, arguments: argparse.Namespace) -> Callable[[], Chat]:

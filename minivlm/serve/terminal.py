@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -29,12 +29,14 @@ ANSWER = "model: "
 def run_terminal(
     chat: Chat,
     demo: DemoConfig,
+    images: Sequence[Any] = (),
     *,
     input: Callable[[str], str] = builtins.input,
     output: TextIO | None = None,
 ) -> None:
     """Read questions and commands until the end of the input, and write answers as they come.
 
+    ``images`` are the pictures (PIL) that the first conversation is about.
     ``input`` is called with the prompt, as Python's own; EOFError and KeyboardInterrupt end the conversation.
     ``output`` is standard output by default.
     """
@@ -42,6 +44,8 @@ def run_terminal(
     session.say(f"{demo.title}\n{HELP}")
     if demo.examples:
         session.say("  for example: " + " | ".join(demo.examples))
+    if images:
+        session.begin(list(images))
     while True:
         try:
             line = input(QUESTION).strip()
@@ -96,6 +100,10 @@ class _Terminal:
         except (OSError, ValueError) as error:
             self.say(str(error))
             return
+        self.begin(images)
+
+    def begin(self, images: list[Any]) -> None:
+        """A new conversation about these pictures."""
         self.images = images
         self.chat.reset()
         sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
