@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +32,7 @@ from minivlm.processors.template import Template
 from minivlm.processors.tokenizer import load_tokenizer
 from minivlm.schema import ModelPart, Part, forget_local
 
+Module = TypeVar("Module", bound=torch.nn.Module)
 DEFAULT_PROCESSOR = Part("vlm", ProcessorConfig(image=Part("image", ImageConfig())))
 
 
@@ -63,7 +64,7 @@ def load(
     return place(model, resolve_device(device)).eval(), processor
 
 
-def cast(model: VisionLanguageModel, dtype: torch.dtype) -> VisionLanguageModel:
+def cast(model: Module, dtype: torch.dtype) -> Module:
     """Store the weights in ``dtype``; tables that are computed, such as rotary frequencies, keep theirs."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from golden_imp import GOLDEN as IMP
 from golden_mgm import GOLDEN, golden_json
 from helpers import tiny_model, write_yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_dual import section
 from test_golden_mgm import FOLDERS, as_published
 
@@ -167,6 +169,20 @@ def test_another_template_is_used_with_a_note(
     assert all("Image 2:" in text for text in texts), "pictures are numbered as the model wants it"
 
 
+# --- a base ----------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_find_their_base(tmp_path: Path, loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder of adapters names none that is here."""
+    golden = IMP / "v15"
+    for file in (*(f for f in golden.iterdir() if f.is_file()), *(IMP / "tokenizer").iterdir()):
+        (tmp_path / file.name).symlink_to(file.resolve())
+    arguments = ["--model-path", golden / "stage2_lora", "--query", "x", "--max-new-tokens", "1"]
+    assert chat(*arguments) == 2
+    assert chat(*arguments, "--model-base", tmp_path) == 0
+    assert loaded.models[0].language_model.adapter_parameters and "loaded" in capsys.readouterr().err
+
+
 # --- bits -----------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +227,19 @@ def test_what_cannot_be_quantised_says_so(tmp_path: Path, capsys: pytest.Capture
     file = write_yaml(tmp_path / "x.yaml", {"model": tiny_model()})
     assert chat(file, "--load-4bit", "--query", "x") == 2
     assert "only trained weights that can be read again are quantised" in capsys.readouterr().err
+
+
+def test_half_precision_becomes_bf16_on_a_cpu(
+    published: Path, loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in published.iterdir():
+        if file.name != "model.safetensors":
+            (tmp_path / file.name).symlink_to(file.resolve())
+    tensors = load_file(published / "model.safetensors")
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    assert chat(tmp_path, "--query", "x", "--max-new-tokens", "1") == 0
+    assert {p.dtype for p in loaded.models[0].language_model.parameters()} == {torch.bfloat16}
+    assert "kept in bf16" in capsys.readouterr().err
 
 
 # --- devices --------------------------------------------------------------------------------------------------------

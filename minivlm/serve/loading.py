@@ -85,7 +85,7 @@ def load_model(stage: StageConfig, arguments: argparse.Namespace) -> tuple[Visio
     """The model in eval mode on the device that the arguments or else ``run.device`` ask for, its processor."""
     import torch
 
-    from minivlm.api import assemble, resolve_device
+    from minivlm.api import assemble, cast, resolve_device
     from minivlm.models.placement import place
 
     device = _device(arguments, stage.run.device)
@@ -97,6 +97,14 @@ def load_model(stage: StageConfig, arguments: argparse.Namespace) -> tuple[Visio
     print(f"loading the model onto {where}", file=sys.stderr, flush=True)
     model, processor, config = assemble(stage.model)
     use_template(arguments.conv_mode, processor, config)
+    language_model = model.language_model
+    if (
+        where.type == "cpu"
+        and getattr(language_model, "dtype", None) == torch.float16
+        and not language_model.quantization
+    ):
+        print("note: a CPU is too slow in fp16; the language model is kept in bf16", file=sys.stderr)
+        cast(language_model, torch.bfloat16)
     return place(model, where).eval(), processor
 
 
