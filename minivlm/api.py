@@ -143,14 +143,15 @@ def model_zoo() -> ModelZoo:
 
 
 def assemble(
-    config: ModelConfig, *, meta: bool = False, features_only: bool = False
+    config: ModelConfig, *, meta: bool = False, features_only: bool = False, frozen: bool = False
 ) -> tuple[VisionLanguageModel, VLMProcessor, ModelConfig]:
     """Model, processor and the complete ``model`` section; a checkpoint fills what the section leaves open.
 
     Files under ``weights:`` are loaded before the checkpoint; the main process prints a report of each, which
     ``model.load_reports`` keeps. Files that do not fit are refused before anything large is read. With ``meta``
     the model holds no weights (for counting and dry runs), and nothing is fetched; with ``features_only`` its
-    language model may have none (to fill a feature cache).
+    language model may have none (to fill a feature cache). With ``frozen`` nothing trains, whatever the section says,
+    so that weights in half precision stay so.
     """
     folder, note = None, None
     if config.checkpoint and is_llava_folder(Path(config.checkpoint)):
@@ -168,6 +169,8 @@ def assemble(
             "give model.arch and model.model_type, or the parts"
         )
     assert config.language_model and config.template
+    if frozen:
+        _freeze_all(config)
     _expand_base(config.language_model)
     check_files(config)
     language = config.language_model.config
@@ -194,6 +197,12 @@ def assemble(
             for line in (*(report.summary for report in model.load_reports), *([note] if note else [])):
                 print(line, file=sys.stderr, flush=True)
     return model, build_processor(config, model, tokenizer), config
+
+
+def _freeze_all(config: ModelConfig) -> None:
+    for name in PARTS:
+        part = getattr(config, name)
+        part.freeze = ["*"] if part.lora else True  # true would leave out the adapters
 
 
 def assemble_shapes(config: ModelConfig) -> tuple[VisionLanguageModel, VLMProcessor, ModelConfig]:

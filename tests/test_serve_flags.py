@@ -27,7 +27,7 @@ from minivlm.config.errors import ConfigError
 from minivlm.config.loader import load_config, parse_model
 from minivlm.models.base import ModelError
 from minivlm.models.placement import place, plan_layers
-from minivlm.models.vlm import VisionLanguageModel
+from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.serve.pictures import read_pictures
 from minivlm.serve.terminal import run_terminal
 
@@ -180,7 +180,9 @@ def test_adapters_find_their_base(tmp_path: Path, loaded: Loaded, capsys: pytest
     arguments = ["--model-path", golden / "stage2_lora", "--query", "x", "--max-new-tokens", "1"]
     assert chat(*arguments) == 2
     assert chat(*arguments, "--model-base", tmp_path) == 0
-    assert loaded.models[0].language_model.adapter_parameters and "loaded" in capsys.readouterr().err
+    (model,) = loaded.models
+    assert model.language_model.adapter_parameters and "loaded" in capsys.readouterr().err
+    assert all(model.is_frozen(part) for part in PARTS)
 
 
 # --- bits -----------------------------------------------------------------------------------------------------------
@@ -240,6 +242,7 @@ def test_half_precision_becomes_bf16_on_a_cpu(
     assert chat(tmp_path, "--query", "x", "--max-new-tokens", "1") == 0
     assert {p.dtype for p in loaded.models[0].language_model.parameters()} == {torch.bfloat16}
     assert "kept in bf16" in capsys.readouterr().err
+    assert not any(p.requires_grad for p in loaded.models[0].parameters()), "what trains would be in fp32"
 
 
 # --- devices --------------------------------------------------------------------------------------------------------

@@ -88,12 +88,9 @@ def _changed(part: ModelPart | None, changes: dict[str, Any]) -> ModelPart | Non
     if unknown := sorted(set(changes) - known):
         raise ServeError(f"model.language_model ({part.name}) has no setting {', '.join(unknown)}; leave out its flag")
     try:
-        part = dataclasses.replace(part, config=dataclasses.replace(part.config, **changes))
+        return dataclasses.replace(part, config=dataclasses.replace(part.config, **changes))
     except ValueError as error:
         raise ServeError(f"model.language_model.{error}") from error
-    if "quantization" in changes:
-        part.freeze = True  # which quantised weights must be
-    return part
 
 
 def _device_map(text: str) -> Any:

@@ -95,7 +95,7 @@ def load_model(stage: StageConfig, arguments: argparse.Namespace) -> tuple[Visio
     except (RuntimeError, AssertionError) as error:  # torch without CUDA says so with an assertion
         raise ServeError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
     print(f"loading the model onto {where}", file=sys.stderr, flush=True)
-    model, processor, config = assemble(stage.model)
+    model, processor, config = assemble(stage.model, frozen=True)
     use_template(arguments.conv_mode, processor, config)
     language_model = model.language_model
     if (
@@ -103,7 +103,7 @@ def load_model(stage: StageConfig, arguments: argparse.Namespace) -> tuple[Visio
         and getattr(language_model, "dtype", None) == torch.float16
         and not language_model.quantization
     ):
-        print("note: a CPU is too slow in fp16; the language model is kept in bf16", file=sys.stderr)
+        print("note: a CPU is slow in fp16; the language model is kept in bf16", file=sys.stderr)
         cast(language_model, torch.bfloat16)
     return place(model, where).eval(), processor
 
