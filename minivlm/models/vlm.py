@@ -119,7 +119,7 @@ class VisionLanguageModel(nn.Module):
 
         Where nothing needs gradients, large features are there for a few pictures at a time only.
         """
-        if self._may_split():
+        if batch.features is None and self._may_split():
             size, total = self._pictures_at_once(), batch.num_distinct
             parts = [self._encode(batch.pictures(slice(k, k + size))) for k in range(0, total, size)]
             visual = parts[0] if len(parts) == 1 else torch.cat(parts)
