@@ -15,6 +15,9 @@ from minivlm.models.splice import splice
 from minivlm.types import IMAGE_TOKEN_ID, Batch
 
 PARTS = ("vision_encoder", "connector", "language_model")
+_FEATURE_BYTES = 2**30
+"""Pictures are encoded a few at a time where their features would take more than this: one of Mini-Gemini-HD has 1 GiB
+in half precision, one of CLIP 1 MiB."""
 
 
 @dataclass
@@ -56,8 +59,8 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the language model, where inputs should be sent."""
-        return next(self.language_model.parameters()).device
+        """Device of the language model, of its first layers if it has several, where inputs should be sent."""
+        return self.language_model.main_device or next(self.language_model.parameters()).device
 
     def is_frozen(self, part: str) -> bool:
         """Whether no parameter of the part trains."""
@@ -112,8 +115,29 @@ class VisionLanguageModel(nn.Module):
         return features.to(here)
 
     def encode_images(self, batch: Batch) -> Tensor:
-        """Visual tokens [N, tokens_per_image, hidden_size] of all pictures of a batch."""
+        """Visual tokens [N, tokens_per_image, hidden_size] of all N pictures of a batch, each encoded once.
+
+        Where nothing needs gradients, large features are there for a few pictures at a time only.
+        """
+        if batch.features is None and self._may_split():
+            size, total = self._pictures_at_once(), batch.num_distinct
+            parts = [self._encode(batch.pictures(slice(k, k + size))) for k in range(0, total, size)]
+            visual = parts[0] if len(parts) == 1 else torch.cat(parts)
+        else:
+            visual = self._encode(batch)
+        return visual if batch.image_index is None else visual[batch.image_index]
+
+    def _encode(self, batch: Batch) -> Tensor:
         return self._connect(batch.features if batch.features is not None else self.extract_features(batch.pixels))
+
+    def _may_split(self) -> bool:
+        """Whether no features are kept for a backward pass."""
+        return not torch.is_grad_enabled() or (self.is_frozen("vision_encoder") and self.is_frozen("connector"))
+
+    def _pictures_at_once(self) -> int:
+        encoder = self.vision_encoder
+        width = _dtype(encoder, torch.float32).itemsize
+        return max(1, _FEATURE_BYTES // (encoder.num_tokens * encoder.hidden_size * width))
 
     def _connect(self, features: Tensor) -> Tensor:
         kind = features.device.type

@@ -24,6 +24,7 @@ from minivlm.datasets.overlap import overlaps
 from minivlm.datasets.streams import SampleStream
 from minivlm.datasets.training_set import Source, build_datasets, build_split
 from minivlm.io import write_atomic, write_json
+from minivlm.models.base import ModelError
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
 from minivlm.runners.engines import SingleEngine, make_engine
@@ -74,6 +75,10 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
         accumulation(run, engine.world)  # refuses a global batch that does not fit, before a model is loaded
     if run.evaluate and stage.model.checkpoint is None:
         stage.model.checkpoint = str(find_model_folder(folder))
+    if getattr(stage.model.language_model and stage.model.language_model.config, "device_map", None):
+        raise ModelError(
+            "model.language_model.device_map is for talking to a model; several GPUs train by torchrun and run.engine"
+        )
     data = Splits(stage)  # what lacks there is told before anything large is read
     if engine.rank == 0:
         for text in overlaps((source.key, source.samples) for source in data.train):
