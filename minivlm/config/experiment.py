@@ -97,7 +97,14 @@ class RunConfig:
     # machine
     device: str = setting("auto", help="auto, cpu, cuda, cuda:1, mps")
     precision: str = setting("auto", choices=("auto", "bf16", "fp16", "fp32"))
-    engine: str = setting("auto", choices=("auto", "single", "ddp"))
+    engine: str = setting(
+        "auto", choices=("auto", "single", "ddp", "deepspeed"), help="auto: ddp under torchrun, else single"
+    )
+    deepspeed: str | None = setting(
+        None,
+        help="settings of engine deepspeed: zero2, zero2_offload, zero3, zero3_offload, or the path of a JSON file "
+        "(docs/deepspeed.md)",
+    )
 
     # state and logs
     resume: str = setting("auto", help="auto, none, or the path of a checkpoint")

@@ -63,9 +63,8 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def write_state(folder: Path, state: TrainState, optimizer: Any, scaler: Any, rngs: list[dict[str, Any]]) -> None:
-    """Write what resuming needs beside the model: optimiser, loss scaler, random generators, position."""
-    torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, folder / "optimizer.pt")
+def write_state(folder: Path, state: TrainState, rngs: list[dict[str, Any]]) -> None:
+    """Write what resuming needs beside the model and the optimiser: random generators and position."""
     torch.save(rngs, folder / "random.pt")
     write_json(folder / "state.json", asdict(state))
 
@@ -79,22 +78,14 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**{key: value for key, value in raw.items() if key in TrainState.__dataclass_fields__})
 
 
-def restore(folder: Path, optimizer: Any, scaler: Any, rank: int) -> None:
+def restore(folder: Path, engine: Any, optimizer: Any) -> None:
     """Fill optimiser, loss scaler and this process's random generators from a checkpoint."""
-    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     asked = [{key: group[key] for key in ("weight_decay", "betas", "lr_scale")} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(saved["optimizer"])
-    except ValueError as error:
-        raise CheckpointError(
-            f"{folder}: the optimiser's state belongs to other trainable parameters ({error}); "
-            "resume with the same freeze settings, or start anew with run.resume=none"
-        ) from error
+    engine.load_state(folder, optimizer)
     for group, settings in zip(optimizer.param_groups, asked, strict=True):
         group.update(settings)  # this run's, should they have been changed
-    scaler.load_state_dict(saved["scaler"])
     rngs = torch.load(folder / "random.pt", weights_only=True)
-    restore_random_state(rngs[rank % len(rngs)])
+    restore_random_state(rngs[engine.rank % len(rngs)])
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,0 +1,244 @@
+"""Training under DeepSpeed's ZeRO (Rajbhandari et al. 2020): optimiser, gradients and weights shared out.
+
+ZeRO-1 divides the optimiser's state among the processes, ZeRO-2 the gradients as well, ZeRO-3 also the weights, which
+are gathered layer by layer where they are needed. What the settings of :mod:`minivlm.config.deepspeed` leave to the
+run stays the run's: schedule, parameter groups, clipping, the guard against non-finite steps.
+
+Numbers: in fp32 all is fp32. In bf16 or fp16 the weights of all parts, frozen ones too, are kept in that type, and so
+are gradients while they are exchanged; ZeRO keeps an fp32 master copy of what trains, which AdamW updates. (The other
+engines keep fp32 weights and compute in the narrower type.) Model folders hold the narrow weights.
+
+The optimiser is torch's AdamW. Only where its state lies in the CPU's memory and the model on a GPU is it DeepSpeed's
+own DeepSpeedCPUAdam, for speed; that one must be compiled, see :mod:`minivlm.runners.deepspeed_build`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minivlm.checkpoints.files import read_weights
+from minivlm.checkpoints.native import WEIGHTS, CheckpointError, load_weights
+from minivlm.config.deepspeed import fill_deepspeed, fill_sizes, offloads_optimizer, zero_stage
+from minivlm.config.experiment import RunConfig
+from minivlm.models.lora import file_name
+from minivlm.models.vlm import PARTS, VisionLanguageModel, VLMOutput
+from minivlm.runners.deepspeed_build import CPU_ADAM, import_deepspeed, load_operator
+from minivlm.runners.engines import DDPEngine, EngineError, go_on_with
+from minivlm.types import Batch
+
+SHARDS = "deepspeed"
+"""Folder of DeepSpeed's own state in a checkpoint: a file of every process."""
+ABOUT = "deepspeed.json"
+
+
+class DeepSpeedEngine(DDPEngine):
+    """One process or several under ``deepspeed.initialize``.
+
+    Raises ConfigError for settings that contradict the run, and :class:`EngineError` where DeepSpeed is not installed,
+    refuses the settings, or cannot run.
+    """
+
+    def __init__(self, device: torch.device, precision: str, run: RunConfig):
+        super().__init__(device, precision)
+        self.settings = fill_deepspeed(run, processes=self.world, precision=precision)
+        self.stage = zero_stage(self.settings)
+        self.evaluates_together = self.shards_weights = self.stage == 3
+        self.deepspeed: Any = None
+        self.zero = import_deepspeed(device).zero
+        _check(self.settings)
+
+    def place(self, model: VisionLanguageModel) -> None:
+        """Leave the model where it was built, in the CPU's memory.
+
+        DeepSpeed brings it to the device, in the type that it trains in, under ZeRO-3 parameter by parameter: no
+        process ever holds all of it on its device.
+        """
+
+    def optimizer(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> Optimizer:
+        """AdamW of torch, or DeepSpeed's for a state that is offloaded from a GPU."""
+        offloads = offloads_optimizer(self.settings)
+        if not offloads or self.device.type == "cpu" or self.settings.get("zero_force_ds_cpu_optimizer") is False:
+            self.settings["zero_force_ds_cpu_optimizer"] = False
+            return super().optimizer(groups, betas)
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        for first in (True, False):  # one process compiles, should it be needed
+            if first == (self.rank == 0):
+                load_operator(CPU_ADAM)
+            self.barrier()
+        return DeepSpeedCPUAdam(groups, betas=betas, adamw_mode=True)
+
+    def prepare(self, model: VisionLanguageModel, optimizer: Optimizer, *, cached: bool = False) -> Any:
+        """Hand the model over to DeepSpeed; the answer is called with a batch.
+
+        Processes must gather the same weights, and reduce the same gradients, in the same order. So under ZeRO-3, and
+        where an encoder trains, batches without pictures send a blank one through the encoder.
+        """
+        import deepspeed
+
+        if self.shards_weights:
+            quantised = [part for part in PARTS if getattr(model, part).quantization]
+            if quantised:
+                raise EngineError(f"ZeRO-3 cannot share out quantised weights (model.{quantised[0]}); use zero2")
+        trains_encoder = not model.is_frozen("vision_encoder")
+        model.always_encodes = not cached and (self.shards_weights or trains_encoder)
+        fill_sizes(self.settings, model.language_model.hidden_size)
+        if self.shards_weights:
+            self._share_out(model)
+        training = _SummedLoss(model, self.autocast)
+        self.deepspeed, *_ = deepspeed.initialize(model=training, optimizer=optimizer, config=self.settings)
+        return lambda batch: VLMOutput(loss_sum=self.deepspeed(batch))
+
+    def _share_out(self, model: VisionLanguageModel) -> None:
+        """Give every process its part of each parameter, without a copy of the model on the device."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and dtype != torch.float32:
+                parameter.data = parameter.data.to(dtype)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(self.device)
+        self.zero.Init(module=model, config_dict_or_path=self.settings, dtype=dtype)
+
+    @contextmanager
+    def accumulate(self, module: Any, last: bool) -> Iterator[None]:
+        """Gradients are finished with the last micro batch."""
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a summed loss that was divided by the tokens of all processes.
+
+        DeepSpeed looks at gradients only, so those of a loss that is not finite are made so as well.
+        """
+        loss = loss * (1 + 0 * loss.detach())
+        self.deepspeed.backward(loss * self.world, scale_wrt_gas=False)  # it averages over processes
+
+    def step(self, optimizer: Optimizer, max_norm: float | None, finite: bool) -> float:
+        """Clip and update, as DeepSpeed does both; a norm that is not finite changes no weight."""
+        self.deepspeed.step()
+        return float(self.deepspeed.get_global_grad_norm())
+
+    def weights(self, model: VisionLanguageModel, keys: Sequence[str]) -> dict[str, Tensor]:
+        """The named tensors; under ZeRO-3 gathered one by one into the CPU's memory of the first process."""
+        if not self.shards_weights:
+            return super().weights(model, keys)
+        wanted, whole = set(keys), {}
+        for name, tensor in _tensors(model):  # tied ones come once
+            if name in wanted:
+                with self._gathered(tensor):
+                    if self.rank == 0:
+                        whole[name] = tensor.detach().cpu().clone()
+        return whole
+
+    def load_weights(self, model: VisionLanguageModel, folder: Path) -> None:
+        """Fill a model that has been trained with weights that this run has written."""
+        if not self.shards_weights:
+            load_weights(model, folder)
+            return
+        given = read_weights("model.checkpoint", str(folder / WEIGHTS)).tensors
+        saved = {file_name(name): tensor for name, tensor in given.items()}
+        for name, tensor in _tensors(model):
+            if file_name(name) in saved:
+                with self._gathered(tensor, modifier_rank=0):
+                    if self.rank == 0 or not isinstance(tensor, nn.Parameter):
+                        tensor.data.copy_(saved[file_name(name)])
+
+    def _gathered(self, tensor: Tensor, modifier_rank: int | None = None) -> Any:
+        """The context in which a parameter is whole on all processes."""
+        return self.zero.GatheredParameters([tensor], modifier_rank=modifier_rank, enabled=hasattr(tensor, "ds_id"))
+
+    def save_state(self, folder: Path, optimizer: Optimizer) -> None:
+        """Write DeepSpeed's state, each process its part of it.
+
+        Raises :class:`EngineError` if the folder is not the same for all processes.
+        """
+        self.deepspeed.save_checkpoint(str(folder), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)
+        if self.rank == 0:
+            found = len(list((folder / SHARDS).glob("*_optim_states.pt")))
+            if found != self.world:
+                raise EngineError(
+                    f"{folder} holds the state of {found} of {self.world} processes: run.output_dir must be a folder "
+                    "that all machines share"
+                )
+            (folder / ABOUT).write_text(json.dumps(self._about(optimizer)))
+
+    def load_state(self, folder: Path, optimizer: Optimizer) -> None:
+        """Read what :meth:`save_state` wrote: optimiser, fp32 weights, loss scaler."""
+        if not (folder / ABOUT).is_file():
+            raise CheckpointError(f"{folder} was not written with run.engine: deepspeed; {go_on_with(folder)}")
+        saved, own = json.loads((folder / ABOUT).read_text()), self._about(optimizer)
+        if saved["stage"] != own["stage"]:
+            raise CheckpointError(
+                f"{folder} was written under ZeRO-{saved['stage']}, this run is under ZeRO-{own['stage']} "
+                f"(run.deepspeed); {go_on_with(folder)}"
+            )
+        if saved["trained"] != own["trained"]:
+            raise CheckpointError(
+                f"{folder}: the optimiser's state belongs to other trainable parameters; resume with the same freeze "
+                "settings, or start anew with run.resume=none"
+            )
+        self.deepspeed.checkpoint_engine.load = _load_safely
+        self.deepspeed.load_checkpoint(
+            str(folder), tag=SHARDS, load_module_strict=False, load_lr_scheduler_states=False
+        )
+
+    def _about(self, optimizer: Optimizer) -> dict[str, Any]:
+        """What a state belongs to: the stage, and the names of what trains, group by group."""
+        return {"stage": self.stage, "trained": [group["param_names"] for group in optimizer.param_groups]}
+
+    def close(self) -> None:
+        """Let DeepSpeed's buffers and hooks go."""
+        if self.deepspeed is not None:
+            self.deepspeed.destroy()
+            self.deepspeed = None
+
+
+class _SummedLoss(nn.Module):
+    """What DeepSpeed calls: from a batch to a tensor, since it must see from which output gradients come back.
+
+    Autocast is entered in here, for DeepSpeed switches off one that it finds around itself; with weights in a narrow
+    type it still has the operators run in fp32 that need it, as under the other engines.
+    """
+
+    def __init__(self, model: VisionLanguageModel, autocast: Any):
+        super().__init__()
+        self.model, self.autocast = model, autocast
+
+    def forward(self, batch: Batch) -> Tensor:
+        with self.autocast():
+            loss = self.model(batch).loss_sum
+        assert loss is not None
+        return loss
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, each once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _check(settings: dict[str, Any]) -> None:
+    """Let DeepSpeed look at its settings before a model is loaded."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**settings["zero_optimization"])
+    except (ValueError, TypeError, AssertionError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
+        raise EngineError(f"run.deepspeed: DeepSpeed refuses zero_optimization: {'; '.join(lines)}") from error
+
+
+def _load_safely(path: str, map_location: Any = None) -> Any:
+    """DeepSpeed's files without what they could execute."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler]):
+        return torch.load(path, map_location=map_location, weights_only=True)
