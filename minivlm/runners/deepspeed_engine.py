@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from minivlm.checkpoints.files import read_weights
 from minivlm.checkpoints.native import WEIGHTS, CheckpointError, load_weights
 from minivlm.config.deepspeed import fill_deepspeed, fill_sizes, offloads_optimizer, zero_stage
 from minivlm.config.experiment import RunConfig
+from minivlm.models.base import Connector, PartModule
 from minivlm.models.lora import file_name
 from minivlm.models.vlm import PARTS, VisionLanguageModel, VLMOutput
 from minivlm.runners.deepspeed_build import CPU_ADAM, import_deepspeed, load_operator
@@ -130,12 +131,11 @@ class DeepSpeedEngine(DDPEngine):
         """The named tensors; under ZeRO-3 gathered one by one into the CPU's memory of the first process."""
         if not self.shards_weights:
             return super().weights(model, keys)
-        wanted, whole = set(keys), {}
-        for name, tensor in _tensors(model):  # tied ones come once
-            if name in wanted:
-                with self._gathered(tensor):
-                    if self.rank == 0:
-                        whole[name] = tensor.detach().cpu().clone()
+        state, whole = model.state_dict(keep_vars=True), {}
+        for key in {id(state[key]): key for key in reversed(keys)}.values():  # of tied ones the first
+            with self._gathered(state[key]):
+                if self.rank == 0:
+                    whole[key] = state[key].detach().cpu().clone()
         return whole
 
     def load_weights(self, model: VisionLanguageModel, folder: Path) -> None:
@@ -145,15 +145,28 @@ class DeepSpeedEngine(DDPEngine):
             return
         given = read_weights("model.checkpoint", str(folder / WEIGHTS)).tensors
         saved = {file_name(name): tensor for name, tensor in given.items()}
-        for name, tensor in _tensors(model):
-            if file_name(name) in saved:
+        for key, tensor in model.state_dict(keep_vars=True).items():
+            if key in saved:
                 with self._gathered(tensor, modifier_rank=0):
-                    if self.rank == 0 or not isinstance(tensor, nn.Parameter):
-                        tensor.data.copy_(saved[file_name(name)])
+                    if self.rank == 0 or not hasattr(tensor, "ds_id"):  # the others have a buffer of their own
+                        tensor.data.copy_(saved[key])
 
-    def _gathered(self, tensor: Tensor, modifier_rank: int | None = None) -> Any:
-        """The context in which a parameter is whole on all processes."""
-        return self.zero.GatheredParameters([tensor], modifier_rank=modifier_rank, enabled=hasattr(tensor, "ds_id"))
+    @contextmanager
+    def evaluation(self, model: VisionLanguageModel) -> Iterator[None]:
+        """The context of an evaluation, under ZeRO-3 one in which all processes do the same.
+
+        DeepSpeed gathers what a module holds when it is called. The connector, whose stages may be called by
+        themselves, and parameters that a part holds itself are gathered for the whole of it.
+        """
+        inner = (module for part in PARTS for module in getattr(model, part).modules())
+        own = [p for m in inner if isinstance(m, PartModule) for p in m.parameters(recurse=isinstance(m, Connector))]
+        with self.autocast(), self._gathered(*own):
+            yield
+
+    def _gathered(self, *tensors: Tensor, modifier_rank: int | None = None) -> Any:
+        """The context in which parameters are whole on all processes."""
+        shared = list({id(tensor): tensor for tensor in tensors if hasattr(tensor, "ds_id")}.values())
+        return self.zero.GatheredParameters(shared, modifier_rank=modifier_rank) if shared else nullcontext()
 
     def save_state(self, folder: Path, optimizer: Optimizer) -> None:
         """Write DeepSpeed's state, each process its part of it.
@@ -162,6 +175,8 @@ class DeepSpeedEngine(DDPEngine):
         """
         self.deepspeed.save_checkpoint(str(folder), tag=SHARDS, save_latest=False, exclude_frozen_parameters=True)
         if self.rank == 0:
+            for script in folder.glob("zero_to_*.py"):  # a checkpoint of ours holds no programs
+                script.unlink()
             found = len(list((folder / SHARDS).glob("*_optim_states.pt")))
             if found != self.world:
                 raise EngineError(
@@ -219,12 +234,6 @@ class _SummedLoss(nn.Module):
         return loss
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name, each once."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
 def _check(settings: dict[str, Any]) -> None:
     """Let DeepSpeed look at its settings before a model is loaded."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -239,6 +248,8 @@ def _check(settings: dict[str, Any]) -> None:
 def _load_safely(path: str, map_location: Any = None) -> Any:
     """DeepSpeed's files without what they could execute."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
-    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler]):
+    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
         return torch.load(path, map_location=map_location, weights_only=True)

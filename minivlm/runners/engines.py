@@ -63,6 +63,10 @@ class SingleEngine:
         """The context of a forward pass."""
         return autocast(self.precision, self.device)
 
+    def evaluation(self, model: VisionLanguageModel) -> Any:
+        """The context of an evaluation during a training or behind it."""
+        return self.autocast()
+
     def accumulate(self, module: nn.Module, last: bool) -> Any:
         """The context of a micro batch; gradients are exchanged in the last one only."""
         return nullcontext()

@@ -182,7 +182,7 @@ def _final_evaluation(
         start = time.perf_counter()
         from rich.progress import Progress
 
-        with Progress(console=console, disable=not console.is_terminal) as bar, engine.autocast():
+        with Progress(console=console, disable=not console.is_terminal) as bar, engine.evaluation(model):
             row = bar.add_task("evaluating " + ", ".join(stage.run.test_splits), total=None)
             metrics = task.evaluate(
                 model,

@@ -201,7 +201,7 @@ class Runner:
     def _evaluate(self, log: RunLog | None) -> None:
         metrics = {}
         if self.is_main or self.engine.evaluates_together:
-            with self.engine.autocast():
+            with self.engine.evaluation(self.model):
                 metrics = self.task.evaluate(
                     self.model,
                     self.processor,
