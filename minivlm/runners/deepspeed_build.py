@@ -65,7 +65,7 @@ def load_operator(builder_name: str) -> Any:
     _programs_on_path()
     if not list(folder.glob("*.so")):
         print(
-            f"compiling DeepSpeed's {builder.name} in {folder}, once, which takes a minute or so "
+            f"compiling DeepSpeed's {builder.name} in {folder}, once, which takes a few minutes "
             "(`minivlm prepare-deepspeed` does it ahead of a run)",
             file=sys.stderr,
             flush=True,

@@ -17,7 +17,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -53,7 +55,9 @@ class DeepSpeedEngine(DDPEngine):
         self.stage = zero_stage(self.settings)
         self.evaluates_together = self.shards_weights = self.stage == 3
         self.deepspeed: Any = None
-        self.zero = import_deepspeed(device).zero
+        package = import_deepspeed(device)
+        package.init_distributed(verbose=False)  # it takes over the group that there is
+        self.zero = package.zero
         _check(self.settings)
 
     def place(self, model: VisionLanguageModel) -> None:
@@ -236,20 +240,23 @@ class _SummedLoss(nn.Module):
 
 def _check(settings: dict[str, Any]) -> None:
     """Let DeepSpeed look at its settings before a model is loaded."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.config import DeepSpeedConfig
 
     try:
-        DeepSpeedZeroConfig(**settings["zero_optimization"])
+        DeepSpeedConfig(deepcopy(settings))
     except (ValueError, TypeError, AssertionError) as error:
         lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
-        raise EngineError(f"run.deepspeed: DeepSpeed refuses zero_optimization: {'; '.join(lines)}") from error
+        raise EngineError(f"run.deepspeed: DeepSpeed refuses the settings: {'; '.join(lines)}") from error
 
 
 def _load_safely(path: str, map_location: Any = None) -> Any:
-    """DeepSpeed's files without what they could execute."""
+    """DeepSpeed's files without what they could execute; raises :class:`CheckpointError` for what holds more."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
-        return torch.load(path, map_location=map_location, weights_only=True)
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            raise CheckpointError(f"{path} is damaged, or no state of DeepSpeed's: {error}") from error
