@@ -51,6 +51,9 @@ class VisionLanguageModel(nn.Module):
         """What the files held that have filled the parts, for printing (``.summary``) or a closer look."""
         self.trained_before: list[str] = []
         """Names of the parameters that the checkpoint has trained, in this or an earlier stage."""
+        self.always_encodes = False
+        """Whether in training a batch without pictures sends a blank one through the encoder, so that all processes
+        run the same modules and have the same gradients."""
 
     def fits(self, name: str, shape: torch.Size) -> bool:
         """Whether ``load_state_dict`` takes a tensor of another shape; see :meth:`PartModule.fits`."""
@@ -158,13 +161,19 @@ class VisionLanguageModel(nn.Module):
             return splice(embeds, batch.input_ids, visual, batch.image_tokens, self.language_model.embed_scale)
         if embeds.device.type != "meta" and bool(is_image.any()):
             raise ValueError(f"{int(is_image.sum())} image positions in the batch, but no picture")
-        if self.training and not self.is_frozen("connector"):
+        if self.training and (self.always_encodes or not self.is_frozen("connector")):
             # Gradients of the connector must exist on every process, also where no sample has a picture.
             embeds = embeds + 0.0 * self._dummy_visual(embeds).sum()
         return embeds
 
     def _dummy_visual(self, like: Tensor) -> Tensor:
-        return self._connect(torch.zeros(1, *self.feature_shape, device=like.device)).to(like.dtype)
+        if self.always_encodes:
+            sides = {name: int(settings["size"]) for name, settings in self.vision_encoder.inputs.items()}
+            blank = {name: torch.zeros(1, 3, side, side, device=like.device) for name, side in sides.items()}
+            features = self.extract_features(blank)
+        else:
+            features = torch.zeros(1, *self.feature_shape, device=like.device)
+        return self._connect(features).to(like.dtype)
 
     def forward(self, batch: Batch, return_logits: bool = False) -> VLMOutput:
         """Loss over the supervised positions; the output head runs only there.
