@@ -301,6 +301,6 @@ def test_every_packaged_model_is_complete(arch: str, model_type: str, tmp_path: 
 
 
 def test_every_file_of_defaults_is_packaged() -> None:
-    """setup.py takes configs/**/*.yaml and assets/**; anything else would be missing after pip install."""
+    """setup.py takes two kinds of files below configs, and assets/**; others would be missing after pip install."""
     files = [p for p in builtins.CONFIGS.rglob("*") if p.is_file()]
-    assert files and all(p.suffix == ".yaml" for p in files)
+    assert {p.suffix for p in files} == {".yaml", ".json"}
