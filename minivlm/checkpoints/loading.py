@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from minivlm.checkpoints import llava, llava_hf, mgm, minigpt4, native, openclip, parts
+from minivlm.checkpoints import llava, llava_hf, mgm, minigpt4, minimind, native, openclip, parts
 from minivlm.checkpoints.files import WeightFile, check_path, is_llava_folder, local_path, read_weights
 from minivlm.checkpoints.foreign import Format, check_foreign, load_foreign, matches
 from minivlm.checkpoints.report import CheckpointError, LoadReport, fill
@@ -21,7 +21,10 @@ from minivlm.paths import is_url, is_weight_file
 from minivlm.schema import walk_parts
 
 _CHECKPOINT = "model.checkpoint"
-FORMATS: tuple[Format, ...] = (*minigpt4.FORMATS, *llava_hf.FORMATS, *mgm.FORMATS, *llava.FORMATS, *openclip.FORMATS)
+FORMATS: tuple[Format, ...] = (
+    *(*minigpt4.FORMATS, *llava_hf.FORMATS, *mgm.FORMATS, *llava.FORMATS, *openclip.FORMATS),
+    *minimind.FORMATS,
+)
 """Formats of other projects, the more telling ones first; a further one is one more key map."""
 
 OTHERS = (
