@@ -180,13 +180,14 @@ def make_batch(
 
 def v1_batch(name: str, split: str) -> tuple[Batch, Tensor]:
     """The batch of a split of the first version, and its mask [B, L - 1], which counts in the original's mean."""
-    _, tensors, own = expected(name)
+    _, tensors, _ = expected(name)
     x, y, mask = (tensors[f"{split}/{key}"].long() for key in ("X", "Y", "loss_mask"))
     ids = torch.cat([x, y[:, -1:]], 1)
     trained = (mask == 1) & (y != 0)
     labels = torch.cat([torch.full_like(x[:, :1], IGNORE_INDEX), y.masked_fill(~trained, IGNORE_INDEX)], 1)
     images = [record["image"] for record in golden_json(f"v1/{split}.json")]
-    return make_batch(name, ids, labels, images, tensors.get(f"{own}/{split}/features")), mask
+    features = next((tensors[key] for key in tensors if key.endswith(f"/{split}/features")), None)  # the same for all
+    return make_batch(name, ids, labels, images, features), mask
 
 
 def v3_batch(name: str, kind: str) -> Batch:

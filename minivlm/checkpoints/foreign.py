@@ -138,13 +138,15 @@ class Format:
 
     def _unstacked(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """What the file calls the shares of a tensor of ours that is stacked; empty for any other."""
-        done = {}
+        done: dict[str, Tensor] = {}
+        shares: set[tuple[int, int]] = set()  # other rules for one share are other spellings of the first one
         for rule in self.rules:
             found = _compiled(rule.names[0]).fullmatch(name) if rule.stacked else None
-            if found and rule.stacked:
-                share, shares = rule.stacked
+            if found and rule.stacked and rule.stacked not in shares:
+                shares.add(rule.stacked)
+                share, count = rule.stacked
                 for number, entry in enumerate(tensor):
-                    done[_fill(rule.theirs, (*found.groups(), str(number)))] = entry.chunk(shares)[share]
+                    done[_fill(rule.theirs, (*found.groups(), str(number)))] = entry.chunk(count)[share]
         return done
 
     def _place(self, name: str) -> tuple[Rule | None, str, list[str]]:
