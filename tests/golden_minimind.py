@@ -100,7 +100,11 @@ _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 def original_state(name: str) -> dict[str, Tensor]:
     """The tensors of a model as the original's own files have them: the embeddings and the head, which are one."""
     state = dict(golden_tensors(f"{name}.safetensors"))
-    pair = ("tok_embeddings.weight", "output.weight") if is_first(name) else ("model.embed_tokens.weight", "lm_head.weight")
+    pair = (
+        ("tok_embeddings.weight", "output.weight")
+        if is_first(name)
+        else ("model.embed_tokens.weight", "lm_head.weight")
+    )
     table = next(state[key] for key in pair if key in state)
     return state | dict.fromkeys(pair, table)
 
@@ -128,7 +132,7 @@ def vision_folder(generation: str) -> Path:
 
 
 def section(name: str, **language: Any) -> dict[str, Any]:
-    """Section ``model``: the packaged model with the sizes of the golden one, the quickstart's tokenizer in its place."""
+    """Section ``model``: the packaged model with the sizes of the golden one and the quickstart's tokenizer."""
     config = language_config(settings(name))
     kind = ("v1" if is_first(name) else "v3") + ("_moe" if settings(name)["use_moe"] else "")
     return {

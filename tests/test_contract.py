@@ -279,7 +279,7 @@ def test_every_packaged_model_is_complete(arch: str, model_type: str, tmp_path: 
             config = {"vocab_size": 400, **settings}
             (tmp_path / kind / "config.json").write_text(json.dumps(config))
             section[kind]["path"] = str(tmp_path / kind)
-    if "path" in section["language_model"]:
+    if not str(defaults["language_model"].get("tokenizer")).startswith("asset:"):
         section["language_model"]["tokenizer"] = "asset:quickstart"
     model, processor, _ = assemble(parse_model(section, "test"), meta=True)
     assert processor.tokens_per_image == model.connector.tokens_per_image > 0

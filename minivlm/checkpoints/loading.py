@@ -208,7 +208,7 @@ def _read_checkpoint(path: str, *, shapes_only: bool = False) -> tuple[WeightFil
 def _still_random(model: VisionLanguageModel, config: ModelConfig, loaded: set[str]) -> list[str]:
     def is_random(part: str) -> bool:
         module: Any = getattr(model, part)
-        own = base_state(module)
+        own = base_state(module).keys() - module.fixed_parameters
         given = {name for name in own if f"{part}.{name}" in loaded}
         if getattr(config, part).weights and module.source is None:
             return False  # a plain file has filled it

@@ -62,11 +62,8 @@ def describe_minimind(folder: Path, settings: Mapping[str, Any]) -> dict[str, An
     sizes that make no model.
     """
     kind = ("v1" if "dim" in settings else "v3") + ("_moe" if settings.get("use_moe") else "")
-    language = {**minimind_language(folder, settings), "vocab_size": None}
-    connector = {"weights": str(folder)}
-    section = parse_model(
-        {"arch": "minimind_v", "model_type": kind, "language_model": language, "connector": connector}, str(folder)
-    )
+    parts = {"language_model": minimind_language(folder, settings), "connector": {"weights": str(folder)}}
+    section = parse_model({"arch": "minimind_v", "model_type": kind, **parts}, str(folder))
     section.arch = section.model_type = None
     return to_container(section)
 
@@ -128,7 +125,10 @@ _USUAL = {"scoring_func": "softmax", "norm_topk_prob": True}
 
 
 def _newest(given: Mapping[str, Any]) -> dict[str, Any]:
-    values = {key: _V3_DEFAULTS.get(key) if given.get(key) is None else given[key] for key in (*_V3_KEYS, *_V3_EXPERTS)}
+    values: dict[str, Any] = {}
+    values |= {
+        key: _V3_DEFAULTS.get(key) if given.get(key) is None else given[key] for key in (*_V3_KEYS, *_V3_EXPERTS)
+    }
     width = values["hidden_size"]
     values["head_dim"] = values["head_dim"] or width // values["num_attention_heads"]
     values["intermediate_size"] = values["intermediate_size"] or 64 * math.ceil(width * math.pi / 64)
