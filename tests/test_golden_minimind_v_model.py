@@ -234,7 +234,7 @@ def test_golden_minimind_v_sampler(compared: Compared, name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in WHOLE if not is_first(name)])
 @torch.no_grad()
 def test_golden_minimind_v_sampler_of_the_newest(compared: Compared, name: str) -> None:
-    """Penalty, temperature, top-k and top-p are those of transformers; which of the first two comes first is no matter."""
+    """Penalty, temperature, top-k and top-p are those of transformers, whichever of the first two comes first."""
     from transformers import (
         LogitsProcessorList,
         RepetitionPenaltyLogitsProcessor,

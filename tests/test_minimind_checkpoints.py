@@ -29,8 +29,10 @@ from torch import Tensor
 from minivlm import api
 from minivlm.api import assemble
 from minivlm.checkpoints.inspection import inspect_path
+from minivlm.checkpoints.minimind import V1, V1_MOE, V3
 from minivlm.checkpoints.report import CheckpointError
 from minivlm.config.loader import parse_model
+from minivlm.convert import main as convert
 from minivlm.export import main as export
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.types import IGNORE_INDEX
@@ -78,6 +80,36 @@ def export_file(name: str, folder: Path, target: str, *more: str) -> Path:
     write_yaml(file, {"model": given})
     assert export([str(file), str(folder / target), *more]) == 0
     return folder / target
+
+
+VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+CLIP = {"model_type": "clip_vision_model", "image_size": 224, "patch_size": 32, **VISION}
+SIGLIP = {"model_type": "siglip_vision_model", "image_size": 256, "patch_size": 32, **VISION}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "parameters", "tensors"),
+    [
+        ("v1_small", 27_272_192, 77),
+        ("v1", 109_340_160, 149),
+        ("v1_small_moe", 96_494_592, None),
+        ("v1_moe", 411_379_200, None),
+        ("v3", 65_094_912, 97),
+        ("v3_moe", 199_599_360, 177),
+    ],
+)
+def test_sizes_of_the_packaged_models(model_type: str, parameters: int, tensors: int | None, tmp_path: Path) -> None:
+    """Parameters and tensors of the published files, in which there is no encoder."""
+    (tmp_path / "config.json").write_text(json.dumps(CLIP if "v1" in model_type else SIGLIP))
+    given = {"vision_encoder": {"path": str(tmp_path)}, "language_model": {"tokenizer": "asset:quickstart"}}
+    model, _, _ = assemble(parse_model({"arch": "minimind_v", "model_type": model_type, **given}, "test"), meta=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in trained) == parameters
+    assert model.connector.tokens_per_image == (50 if "v1" in model_type else 64)
+    form = {"v1_small": V1, "v1": V1}.get(model_type, V1_MOE if "v1" in model_type else V3)
+    names, lost = form.back({n: t for n, t in model.state_dict().items() if not n.startswith("vision")}, 32)
+    assert all(name.endswith("e_score_correction_bias") for name in lost)
+    assert tensors in (None, len(names))
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -216,7 +248,10 @@ def test_a_folder_whose_experts_transformers_does_not_have(tmp_path: Path) -> No
 @each_model
 def test_golden_minimind_v_written_back(compared: Compared, name: str, tmp_path: Path) -> None:
     """``.pth`` to the model folder of minivlm to ``.pth``, to the bit; the whole and the language model alone."""
-    file = export_file(name, tmp_path, "again.pth", "--to", "minimind", "--dtype", "fp16")
+    write_yaml(tmp_path / "sizes.yaml", {"model": section(name)})
+    folder, file = str(tmp_path / "folder"), tmp_path / "again.pth"
+    assert convert([str(weights(name)), folder, "--cfg-path", str(tmp_path / "sizes.yaml")]) == 0
+    assert export([folder, str(file), "--to", "minimind", "--dtype", "fp16"]) == 0
     same(torch.load(file, weights_only=True), original_state(name))
     file = export_file(name, tmp_path, "llm.pth", "--to", "minimind_llm")
     written = torch.load(file, weights_only=True)
