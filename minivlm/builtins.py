@@ -78,7 +78,14 @@ _RECORDS: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
         (
             *("llava_conversation", "llava_detail", "llava_reason", "multitask_conversation"),
             *("blip_laion_cc_sbu_558k", "llava_v1_5_mix665k"),
+            *("minimind_v_pretrain", "minimind_v_sft", "minimind_v2_pretrain", "minimind_v2_sft"),
         ),
+    ),
+    "parquet_chat": (
+        "datasets.parquet:ParquetChatBuilder",
+        "datasets.configs:ParquetChatConfig",
+        "LLaVA records in a parquet file, with pictures as bytes",
+        ("minimind_v3_pretrain", "minimind_v3_sft"),
     ),
     "caption_json": (
         "datasets.instruction_json:CaptionJsonBuilder",
@@ -145,6 +152,12 @@ _SUMMARIES = {
     ("dataset", "lavis"): "any picture dataset of LAVIS, read by its own builder",
     ("dataset", "blip_laion_cc_sbu_558k"): "first stage of LLaVA-1.5 and Imp: pictures with BLIP captions",
     ("dataset", "llava_v1_5_mix665k"): "second stage of LLaVA-1.5 and Imp: conversations, some without a picture",
+    ("dataset", "minimind_v_pretrain"): "first stage of MiniMind-V v1: 595K pictures with translated captions",
+    ("dataset", "minimind_v_sft"): "second stage of MiniMind-V v1: 230K conversations about COCO's pictures",
+    ("dataset", "minimind_v2_pretrain"): "first stage of MiniMind2-V: captions, role and content in JSONL",
+    ("dataset", "minimind_v2_sft"): "second stage of MiniMind2-V: conversations, role and content in JSONL",
+    ("dataset", "minimind_v3_pretrain"): "first stage of the newest MiniMind-V: 1.27M captions in parquet",
+    ("dataset", "minimind_v3_sft"): "second stage of the newest MiniMind-V: 2.9M conversations in parquet",
     ("task", "image_text_pretrain"): "train on captions or conversations; evaluate the loss",
     ("task", "instruction_tuning"): "the same, under the name that users of LLaVA look for",
     ("task", "vqa"): "answer questions; accuracy per question type beside two baselines",

@@ -39,7 +39,11 @@ class RecordDataset(Sequence[Sample], Generic[ConfigT]):
         self.images = images
         self.config = config
         self.name = name
-        self._spans = scan_records(path)
+        self._spans = self.scan()
+
+    def scan(self) -> array[int]:
+        """Where the records are; raises :class:`DatasetError` for a file that holds none."""
+        return scan_records(self.path)
 
     def complaints(self, record: Any, index: int) -> list[str]:
         """Everything that is wrong with a record, as ``"<kind>: <what>"``; an empty list if nothing is.
