@@ -317,7 +317,8 @@ def chat_template(processor: VLMProcessor, tokenizer: Any) -> str:
     """The Jinja template of prompts as they are talked with, for a ``tokenizer`` that knows ``<image>``."""
     form, adds = processor.template.chat_config, adds_bos(tokenizer)
     bos = tokenizer.bos_token if adds or form.bos == "always" else ""
-    return to_jinja(form, bos=bos, bos_always=not adds, blank_behind_image=_blank_behind_image(tokenizer))
+    blank, tokens = _blank_behind_image(tokenizer), tokenizer.get_added_vocab()
+    return to_jinja(form, bos=bos, bos_always=not adds, blank_behind_image=blank, tokens=tokens)
 
 
 def _blank_behind_image(tokenizer: Any) -> bool:
