@@ -33,7 +33,7 @@ $(STAMP): setup.py constraints.txt
 	@echo "installing into $(VENV); the first time this takes a few minutes"
 	@$(if $(TORCH_INDEX),$(PIP) install -c constraints.txt torch torchvision \
 		--index-url https://download.pytorch.org/whl/$(TORCH_INDEX))
-	@$(PIP) install -c constraints.txt -e ".[quickstart,quant,deepspeed,ocr,generation,dev,tracking]"
+	@$(PIP) install -c constraints.txt -e ".[quickstart,quant,deepspeed,ocr,parquet,generation,dev,tracking]"
 	@touch $@
 
 quickstart: install ## train a small model on real pictures and questions, in minutes on two cores

@@ -39,6 +39,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20", "ninja"],
     "quant": ["bitsandbytes>=0.50"],
     "ocr": ["rapidocr>=3.10,<4", "onnxruntime>=1.20"],
+    "parquet": ["pyarrow>=20,<27"],
     "generation": ["diffusers>=0.42,<0.43"],
     "eval": ["pycocoevalcap==1.2"],
     "lmms-eval": ["lmms-eval>=0.7.3,<0.8"],

@@ -60,6 +60,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "deepspeed": {"deepspeed": "0.19.8", "ninja": "1.13.2"},
     "quant": {"bitsandbytes": "0.50.2"},
     "ocr": {"rapidocr": "3.10.0", "onnxruntime": "1.31.1"},
+    "parquet": {"pyarrow": "26.0.1"},
     "generation": {"diffusers": "0.42.1"},
     "eval": {"pycocoevalcap": "1.2"},
     "lmms-eval": {"lmms-eval": "0.7.3"},

@@ -61,14 +61,10 @@ def to_minigpt4(job: Job) -> None:
 
 def to_transformers(job: Job) -> None:
     """A model as a folder of ``LlavaForConditionalGeneration``."""
-    from minivlm.api import assemble, cast
     from minivlm.checkpoints.to_transformers import export_transformers
-    from minivlm.models.base import DTYPES
 
-    model, processor, _ = assemble(read_model(job.source, job.cfg_path, job.options))
-    if job.dtype:
-        cast(model, DTYPES[job.dtype])
-    done = export_transformers(model.eval(), processor, job.target, check=job.check)
+    model, processor = _assembled(job)
+    done = export_transformers(model, processor, job.target, check=job.check)
     print(
         f"{job.target}: LlavaForConditionalGeneration, {done.parameters:,} parameters, "
         f"{' and '.join(done.dtypes)}, <image> is token {done.image_token_id}"
@@ -80,6 +76,48 @@ def to_transformers(job: Job) -> None:
         )
     for note in done.notes:
         print(f"note: {note}")
+
+
+def to_transformers_llm(job: Job) -> None:
+    """The language model alone as a folder of its own class in transformers."""
+    from minivlm.checkpoints.to_language_model import export_language_model
+
+    model, processor = _assembled(job)
+    difference = export_language_model(model, processor, job.target, check=job.check)
+    print(f"{job.target}: {type(model.language_model.model).__name__}")
+    if difference is not None:
+        print(f"read back by transformers (fp32): logits differ by at most {difference:.1e}")
+
+
+def to_minimind(job: Job) -> None:
+    """Projection and language model as a ``.pth`` file of MiniMind-V."""
+    _write_minimind(job, alone=False)
+
+
+def to_minimind_llm(job: Job) -> None:
+    """The language model alone as a ``.pth`` file of MiniMind."""
+    _write_minimind(job, alone=True)
+
+
+def _write_minimind(job: Job, alone: bool) -> None:
+    from minivlm.checkpoints.native import read_manifest
+    from minivlm.checkpoints.parts import model_folder
+    from minivlm.checkpoints.to_minimind import write_minimind
+
+    folder = model_folder(job.source)
+    stage = read_manifest(folder).stage if folder else Path(job.source).stem
+    file, names = write_minimind(job.target, _assembled(job)[0], alone=alone, stage=stage)
+    print(f"{file}: {len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+
+
+def _assembled(job: Job) -> tuple[VisionLanguageModel, VLMProcessor]:
+    from minivlm.api import assemble, cast
+    from minivlm.models.base import DTYPES
+
+    model, processor, _ = assemble(read_model(job.source, job.cfg_path, job.options))
+    if job.dtype:
+        cast(model, DTYPES[job.dtype])
+    return model.eval(), processor
 
 
 def to_llava(job: Job) -> None:
@@ -173,6 +211,9 @@ class Format:
 
 FORMATS = {
     "transformers": Format(to_transformers),
+    "transformers_llm": Format(to_transformers_llm),
+    "minimind": Format(to_minimind),
+    "minimind_llm": Format(to_minimind_llm),
     "llava": Format(to_llava),
     "imp": Format(to_llava),
     "imp_v1": Format(to_imp_v1),

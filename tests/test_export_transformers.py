@@ -345,7 +345,7 @@ GEMMA = {"model_type": "gemma2", "num_key_value_heads": 1, "head_dim": 16}
     [
         ("vision_encoder", {"config": SIGLIP, "final_norm": True}, "final_norm"),
         ("vision_encoder", {"config": {"model_type": "dinov2"}}, "it is dinov2"),
-        ("connector", {"name": "linear"}, "it is LinearConnector"),
+        ("connector", {"name": "patch_merge"}, "it is PatchMergeConnector"),
         ("connector", {"merge": 2}, "merge 2"),
         ("connector", {"norm": True}, "LayerNorm, Linear"),
         ("connector", {"hidden_size": 48}, "hidden_size: 48"),
@@ -363,7 +363,7 @@ def test_refusals(part: str, change: dict[str, Any], reason: str, tmp_path: Path
     content = section("clip_llama")
     own = content[part]
     content[part] = own | {k: {**own[k], **v} if isinstance(v, dict) else v for k, v in change.items()}
-    if change.get("name") == "linear":
+    if change.get("name") == "patch_merge":
         content[part] = change
     assert reason in refusal(content, tmp_path / "x")
 

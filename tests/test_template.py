@@ -409,7 +409,7 @@ def test_the_mask_is_exactly_the_declared_spans(name: str, kind: str) -> None:
         segments = form.render(messages)
         config = form.config
         spans = [
-            config.answer_prefix + message.content + config.assistant_suffix
+            config.answer_prefix + config.think_prefix + config.think_suffix + message.content + config.assistant_suffix
             for message in messages
             if message.role == "assistant" and message.content is not None
         ]

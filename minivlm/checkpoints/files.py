@@ -29,6 +29,8 @@ ADAPTER = "adapter_config.json"
 _SETTINGS = {"config": "config.json", "adapter": ADAPTER}
 _KINDS: dict[type, str] = {str: "a text", int: "a whole number"}
 _NESTED = ("model", "state_dict", "module")
+MINIMIND = "image_special_token"
+"""A key that every ``config.json`` of MiniMind-V has."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,15 @@ def folder_files(folder: Path) -> list[Path]:
 
 
 def is_llava_folder(folder: Path) -> bool:
-    """Whether a folder is one of LLaVA's kind: a model, adapters, or a projector with its ``config.json``."""
+    """Whether a folder is one of LLaVA's kind, or of MiniMind-V's: a model, adapters, or a projector.
+
+    Its ``config.json`` says so.
+    """
     if not (folder / "config.json").is_file():
         return False
     settings = read_json("model.checkpoint", folder / "config.json")
     in_transformers = settings.get("model_type") == "llava" and isinstance(settings.get("text_config"), dict)
-    return in_transformers or "mm_vision_tower" in settings or "mm_projector_type" in settings
+    return in_transformers or any(key in settings for key in ("mm_vision_tower", "mm_projector_type", MINIMIND))
 
 
 def _read_folder(key: str, folder: Path, shapes_only: bool) -> WeightFile:

@@ -32,6 +32,8 @@ class Rule:
     Several of ours share the rows of one tensor of theirs evenly, in order (a fused Wqkv), or with ``copied`` have
     all of it each (the A matrix of its adapter). The other way round ``stacked`` is ``(k, n)`` for the k-th of n
     tensors whose rows make up one entry of ours, the number of the entry being the last ``#`` (an expert's matrices).
+    ``interleaved`` says that rotary embeddings turn neighbouring rows of an attention head there, rows 2i and 2i + 1,
+    and rows i and half a head + i here.
     Without ``ours`` it is ignored, and ``why`` is the reason. With both, ``why`` is the reason for leaving out what is
     numbered higher than anything in the model.
     """
@@ -41,6 +43,7 @@ class Rule:
     why: str = ""
     copied: bool = False
     stacked: tuple[int, int] | None = None
+    interleaved: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -116,44 +119,52 @@ class Format:
                     return f"{name} has the shape {tuple(tensor.shape)}, but {rank} dimensions are wanted"
         return None
 
-    def back(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Tensors of our model by the names of the file, and those of ours for which it has no place."""
+    def back(self, tensors: Mapping[str, Tensor], head_dim: int | None = None) -> tuple[dict[str, Tensor], list[str]]:
+        """Tensors of our model by the names of the file, and those of ours for which it has no place.
+
+        ``head_dim`` is the model's, which interleaved rows ask for.
+        """
         done: dict[str, Tensor] = {}
         lost = []
         for name, tensor in tensors.items():
             if entries := self._unstacked(name, tensor):
                 done |= entries
                 continue
-            theirs, ours = self._place(name)
+            rule, theirs, ours = self._place(name)
             whole = [tensors[each] for each in ours if each in tensors]
-            if theirs is None or len(whole) < len(ours):
+            if rule is None or len(whole) < len(ours):
                 lost.append(name)
             elif theirs not in done:
                 done[theirs] = whole[0] if len(whole) == 1 else torch.cat(whole)
+                if rule.interleaved:
+                    assert head_dim, "interleaved rows need the size of a head"
+                    done[theirs] = _interleave(done[theirs], head_dim)
             elif len(ours) == 1 and not torch.equal(done[theirs], tensors[name]):  # should be one, but are two
                 lost.append(name)
         return done, lost
 
     def _unstacked(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """What the file calls the shares of a tensor of ours that is stacked; empty for any other."""
-        done = {}
+        done: dict[str, Tensor] = {}
+        shares: set[tuple[int, int]] = set()  # other rules for one share are other spellings of the first one
         for rule in self.rules:
             found = _compiled(rule.names[0]).fullmatch(name) if rule.stacked else None
-            if found and rule.stacked:
-                share, shares = rule.stacked
+            if found and rule.stacked and rule.stacked not in shares:
+                shares.add(rule.stacked)
+                share, count = rule.stacked
                 for number, entry in enumerate(tensor):
-                    done[_fill(rule.theirs, (*found.groups(), str(number)))] = entry.chunk(shares)[share]
+                    done[_fill(rule.theirs, (*found.groups(), str(number)))] = entry.chunk(count)[share]
         return done
 
-    def _place(self, name: str) -> tuple[str | None, list[str]]:
-        """What the file calls a tensor of ours, and which tensors of ours that one consists of."""
+    def _place(self, name: str) -> tuple[Rule | None, str, list[str]]:
+        """The rule for a tensor of ours, what the file calls it, and which tensors of ours that one consists of."""
         for rule in self.rules:
             for pattern in rule.names:
                 found = _compiled(pattern).fullmatch(name)
                 if found:
                     parts = [name] if rule.copied else [_fill(each, found.groups()) for each in rule.names]
-                    return _fill(rule.theirs, found.groups()), parts
-        return None, []
+                    return rule, _fill(rule.theirs, found.groups()), parts
+        return None, "", []
 
 
 @dataclass
@@ -170,11 +181,14 @@ def prefixed(prefix: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
     return tuple(replace(rule, theirs=prefix + rule.theirs) for rule in rules)
 
 
-def translate(form: Format, tensors: Mapping[str, Tensor], own: Iterable[str] | None = None) -> Translation:
+def translate(
+    form: Format, tensors: Mapping[str, Tensor], own: Iterable[str] | None = None, head_dim: int | None = None
+) -> Translation:
     """Give the tensors of a file our names.
 
-    With ``own``, the names of a model, what is numbered beyond it is left out where the rules allow it. A name
-    that no rule knows stays as it is.
+    With ``own``, the names of a model, what is numbered beyond it is left out where the rules allow it, and
+    ``head_dim`` is the size of its attention heads, without which interleaved rows stay so. A name that no rule knows
+    stays as it is.
     """
     done = Translation({}, {}, {})
     known = None if own is None else set(own)
@@ -189,12 +203,24 @@ def translate(form: Format, tensors: Mapping[str, Tensor], own: Iterable[str] | 
         if rule and rule.stacked:
             stacks.setdefault(ours[0], {})[_last_number(rule, name), rule.stacked[0]] = name
             continue
+        if rule and rule.interleaved and head_dim and tensor.dim() and len(tensor) % head_dim == 0:
+            tensor = _part(tensor, head_dim)
         shares = [tensor] * len(ours) if not rule or rule.copied or not tensor.dim() else tensor.chunk(len(ours))
         for each, share in zip(ours, shares, strict=False):  # what cannot be shared has another shape than is wanted
             done.tensors[each], done.theirs[each] = share, name
     for each, names in stacks.items():
         _stack(done, each, names, tensors)
     return done
+
+
+def _part(rows: Tensor, head_dim: int) -> Tensor:
+    """Of every head first the even rows, then the odd ones."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _interleave(rows: Tensor, head_dim: int) -> Tensor:
+    """The way back from :func:`_part`."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _last_number(rule: Rule, name: str) -> int:
@@ -232,7 +258,7 @@ def check_foreign(
     and a report when it does not fit.
     """
     own = model.state_dict(keep_vars=True)
-    given = translate(form, file.tensors, own)
+    given = translate(form, file.tensors, own, model.language_model.head_dim)
     if part and not form.part:
         _leave_others(given, part)
     needed = [*form.always_of(part), *(p for p in form.together if any(matches(p, name) for name in given.tensors))]

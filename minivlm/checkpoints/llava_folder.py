@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minivlm.checkpoints.files import (
     ADAPTER,
+    MINIMIND,
     WeightFile,
     is_llava_folder,
     json_value,
@@ -28,6 +29,7 @@ from minivlm.checkpoints.llava import lora_alpha
 from minivlm.checkpoints.llava_hf import describe_config
 from minivlm.checkpoints.loading import identify
 from minivlm.checkpoints.mgm_folder import names_two_encoders, with_second_encoder
+from minivlm.checkpoints.minimind_folder import describe_minimind, is_minimind, minimind_language
 from minivlm.checkpoints.report import CheckpointError
 from minivlm.checkpoints.towers import find_folder, need_folder
 from minivlm.models.hub import weight_files
@@ -81,6 +83,8 @@ def describe(folder: Path, own: Container[str] = (), *, find: bool = True) -> di
         raise CheckpointError(f"{_KEY}: {folder} holds no weights of LLaVA's layout beside its config.json")
     if "text_config" in settings:
         return _of_transformers(folder, settings)
+    if MINIMIND in settings:
+        return describe_minimind(folder, settings)
     whole = str(folder) if form.base else None
     try:
         kind = language_type(settings)
@@ -145,12 +149,14 @@ def describe_language_model(folder: Path) -> dict[str, Any] | None:
     if not (folder / "config.json").is_file():
         return None
     settings = read_json(_KEY, folder / "config.json")
-    if not is_llava_folder(folder) and "n_embd" not in settings:
+    if not is_llava_folder(folder) and "n_embd" not in settings and not is_minimind(settings):
         return None
     if not weight_files(folder) or (folder / ADAPTER).is_file():
         return None
     file = read_weights(_KEY, str(folder), shapes_only=True)
     form = identify(_KEY, file)
+    if is_minimind(settings):
+        return minimind_language(folder, settings) if form else None
     return _language_model(folder, settings, file) if form and form.base and not form.part else None
 
 

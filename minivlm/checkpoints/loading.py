@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.checkpoints import llava, llava_hf, mgm, minigpt4, native, openclip, parts
+from minivlm.checkpoints import llava, llava_hf, mgm, minigpt4, minimind, native, openclip, parts
 from minivlm.checkpoints.files import WeightFile, check_path, is_llava_folder, local_path, read_weights
 from minivlm.checkpoints.foreign import Format, check_foreign, load_foreign, matches
 from minivlm.checkpoints.report import CheckpointError, LoadReport, fill
@@ -24,7 +24,10 @@ from minivlm.paths import is_url, is_weight_file
 from minivlm.schema import walk_parts
 
 _CHECKPOINT = "model.checkpoint"
-FORMATS: tuple[Format, ...] = (*minigpt4.FORMATS, *llava_hf.FORMATS, *mgm.FORMATS, *llava.FORMATS, *openclip.FORMATS)
+FORMATS: tuple[Format, ...] = (
+    *(*minigpt4.FORMATS, *llava_hf.FORMATS, *mgm.FORMATS, *llava.FORMATS, *openclip.FORMATS),
+    *minimind.FORMATS,
+)
 """Formats of other projects, the more telling ones first; a further one is one more key map."""
 
 OTHERS = (
@@ -226,7 +229,7 @@ def _read_checkpoint(path: str, *, shapes_only: bool = False) -> tuple[WeightFil
 def _still_random(model: VisionLanguageModel, config: ModelConfig, loaded: set[str]) -> list[str]:
     def is_random(part: str) -> bool:
         module: Any = getattr(model, part)
-        own = base_state(module)
+        own = base_state(module).keys() - module.fixed_parameters
         given = {name for name in own if f"{part}.{name}" in loaded}
         if getattr(config, part).weights and module.source is None:
             return False  # a plain file has filled it

@@ -19,7 +19,7 @@ from minivlm.checkpoints.llava_hf import VISION_TYPES
 from minivlm.checkpoints.probe import Comparison, compare
 from minivlm.checkpoints.report import CheckpointError
 from minivlm.io import atomic_folder
-from minivlm.models.connectors.mlp import MLPConnector
+from minivlm.models.connectors.mlp import LinearConnector, MLPConnector
 from minivlm.models.language.hf import HFLanguageModel
 from minivlm.models.vision.hf import HFVisionEncoder
 from minivlm.models.vlm import VisionLanguageModel
@@ -76,7 +76,7 @@ def write_transformers(model: VisionLanguageModel, processor: VLMProcessor, fold
         raise CheckpointError(f"this model is not LlavaForConditionalGeneration of transformers:{lines}")
     tokenizer, image_token = _tokenizer(processor)
     llava = _llava(model, max(len(tokenizer), image_token + 1), image_token)
-    llava.generation_config = _generation_config(model, processor)
+    llava.generation_config = generation_config(model.language_model, processor)
     notes = [_PIL]
     theirs = _processor(model, processor, tokenizer, notes)
     llava.save_pretrained(folder)
@@ -116,7 +116,9 @@ def _vision(encoder: Any) -> list[str]:
 
 def _connector(model: VisionLanguageModel) -> list[str]:
     key, connector = "model.connector", model.connector
-    wanted = "LLaVA has mlp of depth 2, without norm and merge"
+    wanted = "LLaVA has mlp of depth 2, without norm and merge, or linear"
+    if isinstance(connector, LinearConnector):
+        return []
     if not isinstance(connector, MLPConnector):
         return [f"{key}: it is {type(connector).__name__}, {wanted}"]
     kinds = [type(layer) for layer in connector.layers]
@@ -204,6 +206,7 @@ def _llava(model: VisionLanguageModel, rows: int, image_token: int) -> Any:
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     encoder, connector, language = _parts(model)
+    activation, first, second = _projector(connector)
     embeddings, head = language.model.get_input_embeddings(), language.model.get_output_embeddings()
     tied = head.weight is embeddings.weight
     rows = max(rows, embeddings.num_embeddings)
@@ -219,11 +222,13 @@ def _llava(model: VisionLanguageModel, rows: int, image_token: int) -> Any:
         vision_feature_layer=-1,
         vision_feature_select_strategy=_strategy(encoder),
         tie_word_embeddings=tied,
+        projector_hidden_act=activation,
+        multimodal_projector_bias=first.bias is not None,
     )
     modules: dict[str, nn.Module] = {
         "model.vision_tower": encoder.model,
-        "model.multi_modal_projector.linear_1": connector.layers[0],
-        "model.multi_modal_projector.linear_2": connector.layers[2],
+        "model.multi_modal_projector.linear_1": first,
+        "model.multi_modal_projector.linear_2": second,
         "model.language_model": language.model.base_model,
         "lm_head": head,
     }
@@ -239,9 +244,25 @@ def _llava(model: VisionLanguageModel, rows: int, image_token: int) -> Any:
     return llava.eval()
 
 
-def _parts(model: VisionLanguageModel) -> tuple[HFVisionEncoder, MLPConnector, HFLanguageModel]:
+def _projector(connector: MLPConnector | LinearConnector) -> tuple[str, nn.Linear, nn.Linear]:
+    """LLaVA's activation and the two layers around it; behind a single layer comes one that changes nothing."""
+    if isinstance(connector, MLPConnector):
+        first, _, second = connector.layers
+        assert isinstance(first, nn.Linear) and isinstance(second, nn.Linear)
+        return "gelu", first, second
+    first = connector.linear
+    width, like = first.out_features, first.weight
+    second = nn.Linear(width, width, bias=first.bias is not None, device=like.device, dtype=like.dtype)
+    with torch.no_grad():
+        second.weight.copy_(torch.eye(width))
+        if second.bias is not None:
+            second.bias.zero_()
+    return "linear", first, second
+
+
+def _parts(model: VisionLanguageModel) -> tuple[HFVisionEncoder, MLPConnector | LinearConnector, HFLanguageModel]:
     encoder, connector, language = model.vision_encoder, model.connector, model.language_model
-    assert isinstance(encoder, HFVisionEncoder) and isinstance(connector, MLPConnector)
+    assert isinstance(encoder, HFVisionEncoder) and isinstance(connector, (MLPConnector, LinearConnector))
     assert isinstance(language, HFLanguageModel)
     return encoder, connector, language
 
@@ -258,9 +279,8 @@ def _enlarged(weight: Tensor, rows: int) -> Tensor:
     )
 
 
-def _generation_config(model: VisionLanguageModel, processor: VLMProcessor) -> Any:
+def generation_config(language: Any, processor: VLMProcessor) -> Any:
     """The language model's own, but greedy as ours, with the tokens that end an answer here."""
-    *_, language = _parts(model)
     settings = copy.deepcopy(language.model.generation_config)
     settings.do_sample = False
     settings.temperature = settings.top_p = settings.top_k = None
@@ -297,7 +317,8 @@ def chat_template(processor: VLMProcessor, tokenizer: Any) -> str:
     """The Jinja template of prompts as they are talked with, for a ``tokenizer`` that knows ``<image>``."""
     form, adds = processor.template.chat_config, adds_bos(tokenizer)
     bos = tokenizer.bos_token if adds or form.bos == "always" else ""
-    return to_jinja(form, bos=bos, bos_always=not adds, blank_behind_image=_blank_behind_image(tokenizer))
+    blank, tokens = _blank_behind_image(tokenizer), tokenizer.get_added_vocab()
+    return to_jinja(form, bos=bos, bos_always=not adds, blank_behind_image=blank, tokens=tokens)
 
 
 def _blank_behind_image(tokenizer: Any) -> bool:

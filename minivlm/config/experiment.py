@@ -92,7 +92,7 @@ class RunConfig:
     lr_decay_rate: float | None = setting(None, gt=0, le=1, help="factor per epoch of the step schedule")
     compat: str | None = setting(
         None,
-        choices=(None, "minigpt4", "lavis", "llava", "imp", "imp_v1"),
+        choices=(None, "minigpt4", "lavis", "llava", "imp", "imp_v1", "minimind_v1", "minimind_v3"),
         help="count the steps of a schedule as this system did, for its published numbers; see runners/schedules.py",
     )
     weight_decay: float = setting(0.05, ge=0)

@@ -62,6 +62,18 @@ class RecordConfig(DatasetConfig):
 class LlavaJsonConfig(RecordConfig):
     """LLaVA-1.5 records: ``{id, image: path or list, conversations: [{from, value}]}``."""
 
+    image_prefix: str = setting("", help="put in front of a picture's file name that does not begin so")
+    image_separator: str | None = setting(None, help="between the names of several pictures that share one string")
+    max_turns: int | None = setting(None, ge=1, help="only the first so many questions of a conversation, with answers")
+
+
+@dataclass(kw_only=True)
+class ParquetChatConfig(LlavaJsonConfig):
+    """The same records in the rows of a parquet file, pictures inside: ``{conversations, image_bytes}``."""
+
+    annotations: dict[str, str] | str = setting(help="parquet file, or one for each split")
+    memory_mb: int = setting(512, ge=1, help="what a loading process may hold of the file, in row groups")
+
 
 @dataclass(kw_only=True)
 class InstructionConfig(RecordConfig):

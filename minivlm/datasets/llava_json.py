@@ -1,7 +1,8 @@
 """LLaVA-1.5 records: JSON or JSONL with pictures in a folder.
 
 A record is ``{id, image: path | [paths], conversations: [{from: human|gpt|system, value: text}]}``; one
-without ``image`` is text only.
+without ``image`` is text only. Turns may also be ``{role, content}``; then an answer may have its thoughts under
+``reasoning_content``, and the first turn tools under ``functions``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from minivlm.datasets.chat_turns import tools_of, with_thoughts, with_tools
 from minivlm.datasets.configs import LlavaJsonConfig
 from minivlm.datasets.records import (
     UNUSABLE,
@@ -33,25 +35,37 @@ ROLES = {
 """Names of the speakers in a file and their roles in a :class:`Message`."""
 KNOWN_KEYS = ("id", "image", "conversations", "answers", "question_type", "model", "blip_caption", "url")
 """Keys of a record. ``answers`` and ``question_type`` serve evaluation; LLaVA's own data have the last three."""
-TURN_KEYS = ("from", "value", "role", "content")
+TURN_KEYS = ("from", "value", "role", "content", "reasoning_content", "functions", "tools")
 
 
 class LlavaJsonDataset(RecordDataset[LlavaJsonConfig]):
     """The conversations of one file."""
+
+    def record(self, index: int) -> Any:
+        """The record, its pictures named as ``image_separator`` and ``image_prefix`` say."""
+        record = super().record(index)
+        return renamed(record, self.config) if isinstance(record, dict) else record
 
     def complaints(self, record: Any, index: int) -> list[str]:
         """See :func:`check_record`."""
         return check_record(record, index)
 
     def sample(self, record: dict[str, Any], sample_id: str) -> Sample:
-        """Turn by turn as the record has it."""
-        turns = [turn_of(turn) for turn in record["conversations"]]
+        """Turn by turn as the record has it, up to ``max_turns``; pictures of turns left out are left out."""
+        messages = messages_of(record["conversations"])
+        kept = _first_turns(messages, self.config.max_turns)
+        pictures = self.pictures(record, sample_id)
+        lost = sum((message.content or "").count(IMAGE_MARKER) for message in messages[len(kept) :])
         return Sample(
             id=sample_id,
-            messages=[Message(ROLES[speaker], text) for speaker, text in turns],
-            images=[self.picture(name) for name in image_names(record)],
+            messages=kept,
+            images=pictures[: len(pictures) - lost] if lost else pictures,
             meta={key: record[key] for key in ("answers", "question_type") if key in record},
         )
+
+    def pictures(self, record: dict[str, Any], sample_id: str) -> list[Any]:
+        """The pictures of a record, not yet opened."""
+        return [self.picture(name) for name in image_names(record)]
 
 
 class LlavaJsonBuilder(RecordBuilder[LlavaJsonConfig]):
@@ -65,8 +79,45 @@ def turn_of(turn: dict[str, Any]) -> tuple[Any, Any]:
     return turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
 
 
-def check_record(record: Any, index: int) -> list[str]:
+def messages_of(turns: Sequence[dict[str, Any]]) -> list[Message]:
+    """The turns of a record without faults as messages; tools become a part of the system text."""
+    messages = [Message(ROLES[speaker], text) for speaker, text in map(turn_of, turns)]
+    for message, turn in zip(messages, turns, strict=True):
+        if message.role == "assistant":
+            message.content = with_thoughts(message.content or "", turn.get("reasoning_content"))
+    tools = tools_of(turns[0])
+    if tools and messages[0].role != "system":
+        messages.insert(0, Message("system", ""))
+    if tools:
+        messages[0].content = with_tools(messages[0].content or "", tools)
+    return messages
+
+
+def _first_turns(messages: list[Message], count: int | None) -> list[Message]:
+    """The messages up to the answer of question ``count``."""
+    answers = [place for place, message in enumerate(messages, 1) if message.role == "assistant"]
+    return messages if count is None or len(answers) < count else messages[: answers[count - 1]]
+
+
+def renamed(record: dict[str, Any], config: LlavaJsonConfig) -> dict[str, Any]:
+    """The record with the names of its pictures as ``image_separator`` and ``image_prefix`` say."""
+    names, separator = record.get("image"), config.image_separator
+    if isinstance(names, str) and separator:
+        names = [name.strip() for name in names.split(separator) if name.strip()]
+    if config.image_prefix and names and not check_images(names):
+        names = [_prefixed(name, config.image_prefix) for name in image_names({"image": names})]
+    return record if names is record.get("image") else record | {"image": names}
+
+
+def _prefixed(name: str, prefix: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return name if file.startswith(prefix) else folder + slash + prefix + file
+
+
+def check_record(record: Any, index: int, pictures: int | None = None) -> list[str]:
     """Everything that is wrong with a record, as ``"<kind>: <what>"``; an empty list if nothing is.
+
+    ``pictures`` is their number where they do not stand under ``image``.
 
     Kinds: ``record`` and ``picture path`` (it cannot be used), ``nothing supervised`` (an answer is empty, which
     templates refuse), ``unknown key``, ``role order`` and ``marker count`` (it may become a sample, but hardly the
@@ -94,7 +145,7 @@ def check_record(record: Any, index: int) -> list[str]:
             if ROLES[speaker] == "assistant" and not text.strip()
         ]
         markers = sum(turn_of(turn)[1].count(IMAGE_MARKER) for turn in turns)
-        pictures = len(image_names(record))
+        pictures = len(image_names(record)) if pictures is None else pictures
         if markers != pictures:
             found.append(f"marker count: {markers} x {IMAGE_MARKER} in the text for {pictures} picture(s)")
     return found
@@ -112,6 +163,12 @@ def _check_turn(turn: Any, number: int) -> list[str]:
         found.append(f"record: turn {number} has no `value`")
     elif not isinstance(text, str):
         found.append(f"record: the `value` of turn {number} is not text but {kind_of(text)}")
+    if not isinstance(turn.get("reasoning_content") or "", str):
+        found.append(f"record: the `reasoning_content` of turn {number} is not text")
+    try:
+        tools_of(turn)
+    except ValueError as error:
+        found.append(f"record: turn {number}: {error}")
     return found
 
 

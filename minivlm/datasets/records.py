@@ -42,7 +42,7 @@ class RecordDataset(Sequence[Sample], Generic[ConfigT]):
         self.config = config
         self.name = name
         self.ids = array("q")
-        self._spans = scan_records(path, lambda record: self.ids.append(_hash_id(record)))
+        self._spans = self.scan()
         self._kept: Sequence[int] = range(len(self.ids))
         if config.skip is not None:
             skipped = _read_ids(Path(config.skip).expanduser())
@@ -52,6 +52,10 @@ class RecordDataset(Sequence[Sample], Generic[ConfigT]):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"ids": array("q")}  # hashes of strings mean nothing to another process
+
+    def scan(self) -> array[int]:
+        """Where the records are, with their ``ids``; raises :class:`DatasetError` for a file that holds none."""
+        return scan_records(self.path, lambda record: self.ids.append(_hash_id(record)))
 
     def complaints(self, record: Any, index: int) -> list[str]:
         """Everything that is wrong with a record, as ``"<kind>: <what>"``; an empty list if nothing is.
@@ -80,7 +84,10 @@ class RecordDataset(Sequence[Sample], Generic[ConfigT]):
         """The parsed record ``index``, unchecked."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} records, not one at {index}")
-        number = self._kept[index]
+        return self.parse(self._kept[index])
+
+    def parse(self, number: int) -> Any:
+        """Record ``number`` of the file."""
         start, end = self._spans[2 * number], self._spans[2 * number + 1]
         try:
             with open(self.path, "rb") as file:

@@ -35,6 +35,8 @@ class PartModule(nn.Module):
     """Settings that say, in place of ``path``, what it is built of, once its weights are elsewhere."""
     can_train: bool = True
     """False if the weights are out of reach, so that the part is frozen whatever happens."""
+    fixed_parameters: frozenset[str] = frozenset()
+    """Names of parameters that no gradient reaches by design, such as the correction bias of a router."""
 
     @property
     def keeps_source(self) -> bool:
@@ -138,6 +140,8 @@ class LanguageModel(PartModule):
 
     hidden_size: int
     vocab_size: int
+    head_dim: int | None = None
+    """Channels of an attention head, None if there is no such number; files in another order of rows need it."""
     embed_scale: float = 1.0
     """What visual tokens are multiplied by, as :meth:`embed` multiplies those of text (Gemma: sqrt(hidden_size))."""
     router_loss: float | None = None

@@ -210,6 +210,12 @@ class HFLanguageModelConfig:
     router_loss: float | None = setting(
         None, gt=0, help="weight of the load-balancing loss of a mixture of experts in training (Mixtral: 0.02)"
     )
+    router_loss_form: str = setting(
+        "pooled",
+        choices=("pooled", "per_layer", "per_sequence"),
+        help="counts of chosen experts times their mean probabilities: over all layers at once, as transformers; for "
+        "each layer, the sum of all, as the newest MiniMind; so for each sequence, as the first MiniMind",
+    )
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ def apply_freeze(part: str, module: PartModule, freeze: bool | list[str] | None)
             "quantization: null"
         )
     for name, parameter in named:
-        trains = name in adapters if adapters else freeze is not True
+        trains = name in adapters if adapters else freeze is not True and name not in module.fixed_parameters
         parameter.requires_grad_(trains and not _is_frozen_by(globs, file_name(name)))
     if any(parameter.requires_grad and parameter.dtype in _HALF for _, parameter in named):
         module.float()

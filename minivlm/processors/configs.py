@@ -15,11 +15,13 @@ class TemplateConfig:
 
     One turn is ``user_prefix + text + user_suffix + assistant_prefix | answer_prefix + answer +
     assistant_suffix | turn_end``; what stands between the two bars is supervised, and a generation
-    prompt ends at the first bar. ``cut`` names the places at which the text is split before it is
-    tokenised, since token ids depend on that.
+    prompt ends at the first bar. Thoughts belong to the answer, but an empty block of them to the prompt.
+    ``cut`` names the places at which the text is split before it is tokenised, since token ids depend on that.
     """
 
     system: str = setting("", help="system text")
+    systems: list[str] = setting(factory=list, help="texts of which a training sample without a system text gets one")
+    system_share: float = setting(0.0, ge=0, le=1, help="share of such samples that get one of `systems`")
     system_prefix: str = ""
     system_suffix: str = ""
     system_in_user: bool = setting(False, help="the system text stands inside the first user turn")
@@ -28,6 +30,14 @@ class TemplateConfig:
     user_text: str = setting("keep", choices=("keep", "drop"), help="drop: only the pictures of a user turn stay")
     assistant_prefix: str = ""
     answer_prefix: str = setting("", help="blank between the prefix and the answer, supervised with it")
+    think_prefix: str = setting("", help="text in front of the thoughts that precede an answer")
+    think_suffix: str = setting(
+        "", help="text between thoughts and answer; if set, an answer without thoughts gets an empty block of them"
+    )
+    think_share: float = setting(1.0, ge=0, le=1, help="share of the training samples that keep empty blocks")
+    think_open: bool = setting(
+        False, help="a generation prompt ends behind think_prefix, not behind an empty block: the model thinks first"
+    )
     assistant_suffix: str = setting("", help="end of an answer, supervised")
     turn_end: str = setting("", help="text behind an answer that is not supervised")
     turn_separator: str = setting("", help="text before every user turn but the first")
@@ -35,6 +45,10 @@ class TemplateConfig:
     image_separator: str = setting("\n", help="between pictures given without a place in the text and the text")
     image_number: str = setting(
         "", help="text before every picture of a conversation that has several; {number} counts them from 1"
+    )
+    placeholder: dict[str, int] = setting(
+        factory=dict,
+        help="what another project writes into a text for a picture, as {characters: how often}; read as <image>",
     )
     markers: str = setting(
         "keep",
@@ -68,6 +82,12 @@ class ImageConfig:
     interpolation: str | None = setting(None, choices=("nearest", "bilinear", "bicubic", "lanczos"))
     mean: list[float] | None = None
     std: list[float] | None = None
+    alpha: str = setting(
+        "drop",
+        choices=("drop", "weigh"),
+        help="an alpha channel; drop: before all else; weigh: behind the resize, which weighs the colours by it, as "
+        "MiniMind-V v1 trains",
+    )
     random_crop: list[float] | None = setting(
         None,
         gt=0,

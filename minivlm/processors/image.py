@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -29,16 +30,17 @@ _RESAMPLE = {
 }
 
 
-def open_image(image: Any) -> Image.Image:
-    """A path or PIL image as RGB; an alpha channel is dropped, as the published systems do.
+def open_image(image: Any, *, keep_alpha: bool = False) -> Image.Image:
+    """A path, file or PIL image as RGB; an alpha channel is dropped, as the published systems do.
 
-    Raises OSError for a file that is missing or no readable picture.
+    With ``keep_alpha`` a picture with that channel is RGBA. Raises OSError for a file that is missing or no
+    readable picture.
     """
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return image.convert("RGBA" if keep_alpha and image.mode in ("RGBA", "LA") else "RGB")
     try:
         with Image.open(image) as opened:
-            return opened.convert("RGB")
+            return open_image(opened, keep_alpha=keep_alpha)
     except Image.DecompressionBombError as error:
         raise OSError(f"picture {image} is too large: {error}") from error
     except FileNotFoundError as error:
@@ -48,10 +50,12 @@ def open_image(image: Any) -> Image.Image:
 
 
 def image_hash(image: Any) -> str:
-    """Hash of a picture's content: the bytes of the file, or the pixels of a PIL image.
+    """Hash of a picture's content: the bytes of the file, on disk or in memory, or the pixels of a PIL image.
 
     A file that has not changed since is read once only. Raises OSError if there is none.
     """
+    if isinstance(image, io.BytesIO):
+        return hashlib.sha1(image.getbuffer()).hexdigest()
     if isinstance(image, Image.Image):
         image = image.convert("RGB")  # indices alone do not tell the colours of a palette
         return hashlib.sha1(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
@@ -75,6 +79,7 @@ class ImageTransform:
         self.interpolation: str = settings["interpolation"]
         self.mean = [float(x) for x in settings["mean"]]
         self.std = [float(x) for x in settings["std"]]
+        self.alpha: str = settings["alpha"]
         self.random_crop = config.random_crop
 
     @property
@@ -83,15 +88,17 @@ class ImageTransform:
         return self.random_crop is not None
 
     def __call__(self, image: Image.Image, seed: str | None = None) -> torch.Tensor:
-        """RGB picture -> float32 [3, size, size].
+        """RGB or RGBA picture -> float32 [3, size, size].
 
         ``seed`` is given in training; where ``random_crop`` is set it decides which part is seen.
         """
         import torch
 
+        if self.alpha == "drop" and image.mode == "RGBA":
+            image = image.convert("RGB")
         if self.random_crop and seed is not None:
             image = image.crop(random_box(image.width, image.height, self.random_crop, random.Random(seed)))
-        pixels = np.asarray(self._fit(image), dtype=np.float32) / np.float32(255)
+        pixels = np.asarray(self._fit(image), dtype=np.float32)[..., :3] / np.float32(255)
         mean, std = np.array(self.mean, dtype=np.float32), np.array(self.std, dtype=np.float32)
         pixels = ((pixels - mean) / std).astype(np.float32)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
@@ -125,6 +132,8 @@ def resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling
     always began with the rows until version 13, which begins with the columns where the height shrinks by more
     than twice as many pixels as the width. That is the rule here.
     """
+    if image.mode == "RGBA":  # once for both passes, as Pillow does
+        return resize(image.convert("RGBa"), size, resample).convert("RGBA")
     columns_first = image.height - size[1] > max(0, 2 * (image.width - size[0]))
     between = (image.width, size[1]) if columns_first else (size[0], image.height)
     return image.resize(between, resample).resize(size, resample)

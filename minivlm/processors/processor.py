@@ -56,7 +56,7 @@ class VLMProcessor:
         self.feature_cache: FeatureLookup | None = None
 
     def encode(self, sample: Sample, seed: int | None = None) -> Encoded:
-        """A sample as numbers; in training ``seed`` decides what is drawn at random (prompts, crops of pictures).
+        """A sample as numbers; in training ``seed`` decides what is drawn at random (prompts, system texts, crops).
 
         Without it, the loss of an evaluation is wanted: pictures are not cropped, prompts drawn as by 0.
 
@@ -186,7 +186,7 @@ class VLMProcessor:
 
     def load_pixels(self, image: Any, seed: str | None = None) -> dict[str, torch.Tensor]:
         """Every input of the encoder, [3, H, W] each, of one picture; ``seed`` as for :class:`ImageTransform`."""
-        opened = open_image(image)
+        opened = open_image(image, keep_alpha=any(_weighs_alpha(each) for each in self.transforms.values()))
         return {
             name: transform(opened, seed) if _takes_seed(transform) else transform(opened)
             for name, transform in self.transforms.items()
@@ -212,8 +212,10 @@ class VLMProcessor:
         seed: int | None = None,
     ) -> Encoded:
         form = self.template.chat_config if chat else self.template.config
+        draw = None if seed is None else random.Random(f"{seed}/{sample_id}/template")
         try:
-            segments = self.template.render(messages, chat=chat, pictures=encoded_images + len(images))
+            pictures = encoded_images + len(images)
+            segments = self.template.render(messages, chat=chat, pictures=pictures, draw=draw)
         except TemplateError as error:
             raise SampleError(sample_id, str(error)) from error
         slots = count_slots(segments)
@@ -282,6 +284,10 @@ class VLMProcessor:
 def _takes_seed(transform: Any) -> bool:
     """A user's own transform may have no use for one."""
     return "seed" in inspect.signature(transform).parameters
+
+
+def _weighs_alpha(transform: Any) -> bool:
+    return getattr(transform, "alpha", "drop") == "weigh"
 
 
 def _stack_images(samples: Sequence[Encoded]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, list[int] | None]:

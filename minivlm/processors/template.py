@@ -7,6 +7,7 @@ character offsets of the supervised spans; text is never tokenised a second time
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,8 @@ class Template:
         for each in (config, self.chat_config):
             if each.image.count("{image}") != 1:
                 raise TemplateError(f"template.image: {each.image!r} must hold {{image}} once")
+            if each.think_prefix and not each.think_suffix.strip():
+                raise TemplateError("template.think_prefix: thoughts need an end, think_suffix")
 
     @property
     def stop(self) -> list[str]:
@@ -61,19 +64,32 @@ class Template:
 
     def with_images(self, text: str, count: int) -> str:
         """A user's text with ``count`` pictures; without a marker of its own they stand in front of it."""
-        if IMAGE_MARKER in text:
+        if IMAGE_MARKER in _marked(self.config, text):
             return text
         return f"{IMAGE_MARKER}{self.config.image_separator}" * count + text
 
-    def render(self, messages: Sequence[Message], *, chat: bool = False, pictures: int | None = None) -> list[Segment]:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        chat: bool = False,
+        pictures: int | None = None,
+        draw: random.Random | None = None,
+    ) -> list[Segment]:
         """Messages to segments; a last assistant message without content leaves the turn open.
 
         ``chat`` selects the form for talking where it differs from the form for training. With as many markers as
-        ``pictures`` none is dropped. Raises :class:`TemplateError` for roles out of order and for empty answers.
+        ``pictures`` none is dropped. ``draw`` is given in training and decides on a system text out of ``systems`` and
+        on empty thoughts; without it there is none of the former, and the latter stay. Raises :class:`TemplateError`
+        for roles out of order and for empty answers.
         """
         config = self.chat_config if chat else self.config
         system, turns = _check_turns(config, messages)
-        complete = pictures is not None and pictures == sum((m.content or "").count(IMAGE_MARKER) for m in turns)
+        markers = sum(_marked(config, m.content or "").count(IMAGE_MARKER) for m in turns)
+        complete = pictures is not None and pictures == markers
+        if draw and config.systems and not system and draw.random() < config.system_share:
+            system = draw.choice(config.systems)
+        empty_thoughts = not draw or draw.random() < config.think_share
         answers = [i for i, m in enumerate(turns) if m.role == "assistant" and m.content is not None]
         first_user = next(i for i, m in enumerate(turns) if m.role == "user")
         segments: list[Segment] = []
@@ -92,10 +108,11 @@ class Template:
             cut: list[Segment] = [Cut()] if "answer" in config.cut else []
             segments += cut
             if message.content is None:
+                segments.append(Text(config.think_prefix + ("" if config.think_open else config.think_suffix)))
                 break
             supervised = config.supervise == "all" or index == answers[-1]
             segments.append(Text(config.answer_prefix, supervised))
-            segments += _with_slots(config, message.content, supervised)
+            segments += _with_slots(config, _with_thoughts(config, message.content, empty_thoughts), supervised)
             segments += [Text(config.assistant_suffix, supervised), *cut, Text(config.turn_end)]
         return list(_joined(_numbered(config, segments)))
 
@@ -122,7 +139,25 @@ def _check_turns(config: TemplateConfig, messages: Sequence[Message]) -> tuple[s
     return system, turns
 
 
+def _marked(config: TemplateConfig, text: str) -> str:
+    """A user's text with ``<image>`` for every placeholder of another project."""
+    placeholder = "".join(piece * count for piece, count in config.placeholder.items())
+    return text.replace(placeholder, IMAGE_MARKER) if placeholder else text
+
+
+def _with_thoughts(config: TemplateConfig, content: str, empty: bool) -> str:
+    """An answer behind its own thoughts; behind an empty block, if ``empty``, where it has none."""
+    if not config.think_suffix:
+        return content
+    thoughts, _, answer = content.rpartition(config.think_suffix.strip())
+    thoughts = thoughts.strip().removeprefix(config.think_prefix.strip()).strip("\n")
+    if thoughts or empty:
+        thoughts = config.think_prefix + thoughts + config.think_suffix
+    return thoughts + answer.lstrip("\n")
+
+
 def _user_content(config: TemplateConfig, content: str, complete: bool, chat: bool) -> list[Segment]:
+    content = _marked(config, content)
     if config.markers == "collapse_to_front" and IMAGE_MARKER in content:
         front = f"{IMAGE_MARKER}\n" * (content.count(IMAGE_MARKER) if complete else 1)
         # Only training data are cleaned up at the end: the text of OCR ends with a line break that the model expects.

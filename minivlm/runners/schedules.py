@@ -7,7 +7,8 @@ linearly over the whole run's first steps, however long an epoch is.
 inside of an epoch, so one that is longer than an epoch starts again; the cosine counts from the start of
 the run, so the rate drops where the warm-up ends. ``lavis``: the warm-up belongs to the first epoch, and
 behind it the rate changes from epoch to epoch only. ``llava``, ``imp`` and ``imp_v1``: as transformers counts, whose
-first step has the rate 0 (``warmup_lr``) and the first one behind the warm-up init_lr.
+first step has the rate 0 (``warmup_lr``) and the first one behind the warm-up init_lr. ``minimind_v1`` counts in the
+same way; ``minimind_v3`` counts the steps of the cosine from 1, so that the last one has min_lr.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from minivlm.config.experiment import RunConfig
 Schedule = Callable[[int], float]
 BY_EPOCH = ("minigpt4", "lavis")
 """Values of ``run.compat`` for systems that warm up in the first epoch only."""
-FROM_ZERO = ("llava", "imp", "imp_v1")
-"""Values of ``run.compat`` for systems that take transformers' schedules."""
+FROM_ZERO = ("llava", "imp", "imp_v1", "minimind_v1")
+"""Values of ``run.compat`` for systems whose warm-up begins with the rate 0, as that of transformers does."""
 
 
 def make_schedule(run: RunConfig, total_steps: int, steps_per_epoch: int) -> Schedule:
@@ -47,7 +48,8 @@ def linear_warmup_cosine_lr(run: RunConfig, total_steps: int, steps_per_epoch: i
     if run.compat == "lavis":
         return _first_epoch(run, steps_per_epoch, lambda epoch: _cosine(run, epoch / run.max_epoch))
     span = max(total_steps - run.warmup_steps, 1)
-    return _first_steps(run, lambda step: _cosine(run, (step - run.warmup_steps) / span))
+    first = 1 if run.compat == "minimind_v3" else 0
+    return _first_steps(run, lambda step: _cosine(run, (step + first - run.warmup_steps) / span))
 
 
 def linear_warmup_step_lr(run: RunConfig, total_steps: int, steps_per_epoch: int) -> Schedule:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minivlm.models.balance import load_balancing
 from minivlm.models.base import DTYPES, LanguageModel, ModelError, on_meta_device
 from minivlm.models.configs import HFLanguageModelConfig
 from minivlm.models.hub import from_pretrained, load_hf_config, source_of
@@ -53,7 +52,9 @@ class HFLanguageModel(LanguageModel):
                 f"{part}.vocab_size: {config.vocab_size} embeddings are expected, {config.path or 'the model'} has "
                 f"{self.vocab_size} (Vicuna v0 has 32001; LLaMA and Vicuna v1.1 and v1.5 have 32000)"
             )
+        self.fixed_parameters = frozenset(n for n, p in self.named_parameters() if not p.requires_grad)
         text = hf.get_text_config()
+        self.head_dim = _head_dim(text)
         self.softcap = getattr(text, "final_logit_softcapping", None)  # Gemma 2 and 3
         self.logit_scale = _logit_scale(text)
         if config.scale_visual:
@@ -61,7 +62,7 @@ class HFLanguageModel(LanguageModel):
         self.device_map = config.device_map
         if config.router_loss is not None:
             self.router_loss = config.router_loss
-            self._balance = _load_balancing(self.model)
+            self._balance = load_balancing(self.model, config.router_loss_form)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,7 +83,7 @@ class HFLanguageModel(LanguageModel):
         return self._decode(embeds, attention_mask, position_ids).last_hidden_state.to(embeds.device)
 
     def forward_balanced(self, embeds: Tensor, attention_mask: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The load-balancing loss over all layers' routers, padding left out (Switch Transformer, eq. 4 to 6)."""
+        """The load-balancing loss of all layers' routers, padding left out; see :mod:`minivlm.models.balance`."""
         output = self._decode(embeds, attention_mask, position_ids, output_router_logits=True)
         return output.last_hidden_state, self._balance(output.router_logits, attention_mask)
 
@@ -117,6 +118,11 @@ def _forward_of(layer: nn.Module, forward: Any, *inputs: Any, **options: Any) ->
     return checkpoint(partial(forward, **options), *inputs, use_reentrant=False)
 
 
+def _head_dim(config: Any) -> int | None:
+    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (width // heads if width and isinstance(heads, int) else None)
+
+
 def _logit_scale(config: Any) -> float:
     if getattr(config, "logit_scale", None):  # Cohere
         return float(config.logit_scale)
@@ -129,15 +135,3 @@ def _embed_scale(embeddings: nn.Module) -> float:
     """What an embedding layer multiplies by itself; models that do so behind it, such as Granite, scale all inputs."""
     scale = getattr(embeddings, "scalar_embed_scale", None)  # Gemma, which keeps it as a buffer, too
     return float(getattr(embeddings, "embed_scale", 1.0) if scale is None else scale)
-
-
-def _load_balancing(model: Any) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:
-    """The model's own load-balancing loss of router logits (one [B * L, experts] a layer) and mask [B, L]."""
-    loss = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
-    experts, top_k = getattr(model, "num_experts", None), getattr(model, "num_experts_per_tok", None)
-    if loss is None or experts is None or top_k is None:
-        raise ModelError(
-            f"model.language_model.router_loss: {type(model).__name__} has no mixture of experts with a "
-            "load-balancing loss; set it to null"
-        )
-    return lambda logits, mask: loss(logits, experts, top_k, mask)
