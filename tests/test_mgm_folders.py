@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from golden_mgm import BASES, FOLDERS
 from llava_folders import change_config, reshard
 from mgm_folders import (
-    BASES,
-    FOLDERS,
     GEMMA,
     HD,
     LLAMA,

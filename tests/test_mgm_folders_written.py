@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from golden_mgm import BASES, FOLDERS
 from helpers import write_yaml
 from llava_folders import tiny_llava
 from mgm_folders import (
-    BASES,
-    FOLDERS,
     GEMMA,
     HD,
     LLAMA,
