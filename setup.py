@@ -72,7 +72,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["minivlm", "minivlm.*"]),
-    package_data={"minivlm": ["configs/**/*.yaml", "assets/**/*"]},
+    package_data={"minivlm": ["configs/**/*.yaml", "configs/**/*.json", "assets/**/*"]},
     include_package_data=False,
     install_requires=CORE,
     extras_require=EXTRAS,

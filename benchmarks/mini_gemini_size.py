@@ -142,7 +142,7 @@ def stage_of(name: str, number: int) -> StageConfig:
     """The stage with the micro batch and the ZeRO level of the published script."""
     recipe = SIZES[name.removesuffix("_hd")].recipes[2 if name.endswith("_hd") else number - 1]
     run = RunConfig(batch_size_train=recipe[0])
-    run.deepspeed = recipe[1]  # type: ignore[attr-defined]
+    run.deepspeed = recipe[1]
     return StageConfig(config(name, number), run=run)
 
 

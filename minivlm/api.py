@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from minivlm.config.loader import list_model_defaults, parse_model
 from minivlm.config.options import parse_options
 from minivlm.models.base import DTYPES, ModelError
 from minivlm.models.build import build_model
+from minivlm.models.placement import place
 from minivlm.models.quantization import quantise
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.paths import is_placeholder, is_weight_file
@@ -31,6 +32,7 @@ from minivlm.processors.template import Template
 from minivlm.processors.tokenizer import load_tokenizer
 from minivlm.schema import ModelPart, Part, forget_local
 
+Module = TypeVar("Module", bound=torch.nn.Module)
 DEFAULT_PROCESSOR = Part("vlm", ProcessorConfig(image=Part("image", ImageConfig())))
 
 
@@ -59,10 +61,10 @@ def load(
     model, processor, _ = assemble(config)
     if dtype is not None:
         cast(model, DTYPES[dtype] if isinstance(dtype, str) else dtype)
-    return model.to(resolve_device(device)).eval(), processor
+    return place(model, resolve_device(device)).eval(), processor
 
 
-def cast(model: VisionLanguageModel, dtype: torch.dtype) -> VisionLanguageModel:
+def cast(model: Module, dtype: torch.dtype) -> Module:
     """Store the weights in ``dtype``; tables that are computed, such as rotary frequencies, keep theirs."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -83,7 +85,7 @@ def load_model_and_preprocess(
     weights must be named (MiniGPT-4: by options or environment variables).
     """
     model, processor, _ = assemble(registry_model(name, model_type, options))
-    model.to(resolve_device(device)).train(not is_eval)
+    place(model, resolve_device(device)).train(not is_eval)
     name_of_input = next(iter(processor.transforms))
 
     def vis_processor(image: Any) -> torch.Tensor:
@@ -141,14 +143,15 @@ def model_zoo() -> ModelZoo:
 
 
 def assemble(
-    config: ModelConfig, *, meta: bool = False, features_only: bool = False
+    config: ModelConfig, *, meta: bool = False, features_only: bool = False, frozen: bool = False
 ) -> tuple[VisionLanguageModel, VLMProcessor, ModelConfig]:
     """Model, processor and the complete ``model`` section; a checkpoint fills what the section leaves open.
 
     Files under ``weights:`` are loaded before the checkpoint; the main process prints a report of each, which
     ``model.load_reports`` keeps. Files that do not fit are refused before anything large is read. With ``meta``
     the model holds no weights (for counting and dry runs), and nothing is fetched; with ``features_only`` its
-    language model may have none (to fill a feature cache).
+    language model may have none (to fill a feature cache). With ``frozen`` nothing trains, whatever the section says,
+    so that weights in half precision stay so.
     """
     folder, note = None, None
     if config.checkpoint and is_llava_folder(Path(config.checkpoint)):
@@ -166,6 +169,8 @@ def assemble(
             "give model.arch and model.model_type, or the parts"
         )
     assert config.language_model and config.template
+    if frozen:
+        _freeze_all(config)
     _expand_base(config.language_model)
     check_files(config)
     language = config.language_model.config
@@ -192,6 +197,12 @@ def assemble(
             for line in (*(report.summary for report in model.load_reports), *([note] if note else [])):
                 print(line, file=sys.stderr, flush=True)
     return model, build_processor(config, model, tokenizer), config
+
+
+def _freeze_all(config: ModelConfig) -> None:
+    for name in PARTS:
+        part = getattr(config, name)
+        part.freeze = ["*"] if part.lora else True  # true would leave out the adapters
 
 
 def assemble_shapes(config: ModelConfig) -> tuple[VisionLanguageModel, VLMProcessor, ModelConfig]:

@@ -41,13 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": (export, "write a model in the format of another project (transformers, llava, imp, mgm, minigpt4)"),
         "merge": (merge, "write base, encoder, connector and adapters as one folder that needs no other"),
         "cache": (cache, "encode the pictures of an experiment file ahead of its training"),
+        "prepare-deepspeed": (prepare_deepspeed, "compile what DeepSpeed needs on this machine, before a run"),
         "list": (list_names, "registered names, by kind"),
         "doctor": (doctor, "versions, devices, missing extras"),
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"minivlm {__version__}\n\nusage: minivlm COMMAND ...\n")
         for name, (_, summary) in commands.items():
-            print(f"  {name:<16} {summary}")
+            print(f"  {name:<17} {summary}")
         return 0
     if arguments[0] == "--version":
         print(__version__)
@@ -335,6 +336,13 @@ def merge(argv: list[str]) -> int:
     from minivlm.convert import merge_main
 
     return guarded(lambda: merge_main(argv))
+
+
+def prepare_deepspeed(argv: list[str]) -> int:
+    """``minivlm prepare-deepspeed``."""
+    from minivlm.runners.deepspeed_build import main as prepare_main
+
+    return guarded(lambda: prepare_main(argv))
 
 
 def list_names(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -84,6 +85,8 @@ class Batch:
 
     ``input_ids``, ``attention_mask``, ``labels``: [B, L] (long, long, long). ``pixels``: name ->
     [N, 3, H, W]; ``features``: [N, tokens, channels] from the cache, then ``pixels`` is empty.
+    Pictures that are the same are held once: ``image_index`` then says of each of the N which one it is, of the
+    distinct ones in ``pixels`` or ``features`` (None: all differ).
     ``image_tokens`` holds how many visual tokens of each picture have a position (None: all of all pictures).
     Rows are padded on the right for training and on the left for generation.
     """
@@ -93,6 +96,7 @@ class Batch:
     labels: torch.Tensor | None = None
     pixels: dict[str, torch.Tensor] = field(default_factory=dict)
     features: torch.Tensor | None = None
+    image_index: list[int] | None = None
     image_tokens: list[int] | None = None
     padding_side: str = "right"
     sample_ids: list[str] = field(default_factory=list)
@@ -120,7 +124,18 @@ class Batch:
 
     @property
     def num_images(self) -> int:
-        """Number of pictures of all samples."""
+        """Number of pictures of all samples, N."""
+        return self.num_distinct if self.image_index is None else len(self.image_index)
+
+    @property
+    def num_distinct(self) -> int:
+        """Number of distinct pictures, which is what an encoder has to do."""
         if self.features is not None:
             return len(self.features)
         return len(next(iter(self.pixels.values()))) if self.pixels else 0
+
+    def pictures(self, rows: Sequence[int] | slice) -> Batch:
+        """The same batch with only these of the distinct pictures, each once."""
+        features = None if self.features is None else self.features[rows]
+        pixels = {name: tensor[rows] for name, tensor in self.pixels.items()}
+        return replace(self, pixels=pixels, features=features, image_index=None, image_tokens=None)

@@ -175,7 +175,7 @@ def test_settings_of_both_eras_reach_the_chat(tmp_path: Path) -> None:
     for demo in (head, {**head, "repetition_penalty": 1.0, "num_beams": 5, "length_penalty": -1, "top_p": 0.5}):
         file = write_yaml(tmp_path / "x.yaml", {"model": golden_minigpt4(), "demo": demo})
         stage = load_config(file).stages[-1]
-        where = argparse.Namespace(gpu_id=None, device="cpu")
+        where = argparse.Namespace(gpu_id=None, device="cpu", conv_mode=None)
         chat = partial(Chat, *load_model(stage, where))(**decoding(stage.demo))
         assert demo.items() <= chat.options.items()
 

@@ -321,8 +321,10 @@ def test_all_differences_are_named_at_once(tmp_path: Path) -> None:
     content["connector"] = {"name": "mlp", "depth": 3}
     content["language_model"]["lora"] = {"r": 2, "target_modules": ["q_proj"]}
     content["processor"]["image"]["size"] = 32
+    content["template"] = {"name": "vicuna_v1", "chat": {"image_number": "Image {number}:"}}
     message = refusal(content, tmp_path / "x")
     for part in (
+        "image_number",
         "class_token: only",
         "image_size: 48",
         "Linear, GELU, Linear, GELU",
@@ -330,7 +332,7 @@ def test_all_differences_are_named_at_once(tmp_path: Path) -> None:
         "image.size: 32",
     ):
         assert part in message, message
-    assert message.count("\n") == 5
+    assert message.count("\n") == 6
 
 
 PHI = {"model_type": "phi", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}

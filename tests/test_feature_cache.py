@@ -492,7 +492,9 @@ def test_what_computes_features_may_lie_elsewhere(tmp_path: Path) -> None:
     assert model.device.type == "cpu"
 
     def step() -> None:
-        wrapped = DDPEngine(torch.device("cpu"), "fp32").prepare(model.train())
+        engine = DDPEngine(torch.device("cpu"), "fp32")
+        parameters = [p for p in model.parameters() if p.requires_grad and p.device.type == "cpu"]
+        wrapped = engine.prepare(model.train(), engine.optimizer([{"params": parameters}], (0.9, 0.999)))
         ids = torch.tensor([[5, 6, 7]])
         wrapped(Batch(ids, torch.ones_like(ids), labels=ids)).loss.backward()
 

@@ -23,7 +23,9 @@ from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
 from minivlm.types import IGNORE_INDEX, IMAGE_TOKEN_ID, Batch, Message, Sample
 
-RED, BLUE, GREY = (Image.new("RGB", (40, 30), c) for c in ((220, 30, 30), (40, 60, 220), (90, 90, 90)))
+RED, BLUE, GREY, GREEN = (
+    Image.new("RGB", (40, 30), colour) for colour in ((220, 30, 30), (40, 60, 220), (90, 90, 90), (30, 180, 60))
+)
 
 
 def build(**changes: dict[str, Any]) -> tuple[VisionLanguageModel, VLMProcessor, Any]:
@@ -53,7 +55,7 @@ SAMPLES = [
     sample("<image>\nwhat color is the shape?", "red", RED),
     sample("<image>", "a blue picture with nothing in it", BLUE),
     sample("what is a triangle?", "a shape with three sides"),
-    sample("is <image> the color of <image>?", "no", GREY, RED),
+    sample("is <image> the color of <image>?", "no", GREY, GREEN),
 ]
 
 
@@ -195,7 +197,7 @@ def test_visual_tokens_of_several_pictures_stand_in_order() -> None:
         embeds = model.embed(batch)
         tokens = [
             model.connector(model.vision_encoder(processor.transforms["image"](x)[None]))[0]
-            for x in (RED, BLUE, GREY, RED)
+            for x in (RED, BLUE, GREY, GREEN)
         ]
         words = model.language_model.embed(batch.input_ids.clamp(min=0))
     is_image = batch.input_ids == IMAGE_TOKEN_ID
@@ -209,7 +211,7 @@ def test_another_picture_changes_only_its_own_row() -> None:
     sharpen(model)
     with torch.no_grad():
         one = model(training_batch(processor), return_logits=True).logits
-        changed = [*SAMPLES[:3], sample("is <image> the color of <image>?", "no", GREY, BLUE)]
+        changed = [*SAMPLES[:3], sample("is <image> the color of <image>?", "no", GREY, BLUE)]  # a shared one
         two = model(training_batch(processor, changed), return_logits=True).logits
     assert torch.equal(one[:3], two[:3]) and not torch.allclose(one[3], two[3])
 

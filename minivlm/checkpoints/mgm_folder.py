@@ -60,7 +60,10 @@ def with_second_encoder(
         "vision_encoder": {**encoder, "freeze": True, "weights": whole if holds else None},
         "connector": {"name": "patch_info_mining", "projector": projector, "weights": whole},
         "processor": {**section["processor"], "image": image},
-        "template": _TEMPLATES.get(kind) or _LLAMA_TEMPLATES.get(_get(settings, "vocab_size", int, 0), "vicuna_v1"),
+        "template": {
+            "name": _TEMPLATES.get(kind) or _LLAMA_TEMPLATES.get(_get(settings, "vocab_size", int, 0), "vicuna_v1"),
+            "chat": {"image_number": "Image {number}:"},  # only its chat has ever seen several pictures
+        },
     }
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from minivlm import registry
 from minivlm.checkpoints.files import read_weights
 from minivlm.checkpoints.report import CheckpointError, LoadReport, fill
@@ -60,24 +62,24 @@ def trained_names(model: VisionLanguageModel, earlier: list[str] | None = None) 
 
 
 def save_model(
-    folder: Path, model: VisionLanguageModel, config: ModelConfig, processor: VLMProcessor, manifest: Manifest
+    folder: Path,
+    model: VisionLanguageModel,
+    config: ModelConfig,
+    processor: VLMProcessor,
+    manifest: Manifest,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a model folder atomically; an old one of that name stays whole until the new one is."""
     with atomic_folder(folder) as unfinished:
-        write_model(unfinished, model, config, processor, manifest)
+        write_model(unfinished, model, config, processor, manifest, weights)
 
 
-def write_model(
-    folder: Path, model: VisionLanguageModel, config: ModelConfig, processor: VLMProcessor, manifest: Manifest
-) -> None:
-    """Write the files of a model folder into an existing folder."""
-    from omegaconf import OmegaConf
-    from safetensors.torch import save_file
-
+def kept_names(model: VisionLanguageModel, manifest: Manifest) -> list[str]:
+    """Names of the tensors that a model folder holds; notes in the manifest what it leaves out, and why."""
     trained = set(manifest.trained)
-    state = model.state_dict()
+    state = list(model.state_dict())
     buffers = {name for name, _ in model.named_buffers()}
-    wanted = {}
+    wanted: list[str] = []
     for part in PARTS:
         source = getattr(model, part).source
         keys = [key for key in state if key.startswith(f"{part}.")]
@@ -85,11 +87,33 @@ def write_model(
         beyond = {f"{part}.{name}" for name in getattr(model, part).unsourced}
         own = trained | beyond | {key for key in keys if is_adapter(key) or (key in buffers and trains)}
         kept = [key for key in keys if source is None or key in own]
-        wanted.update({key: state[key] for key in kept})
+        wanted += kept
         manifest.sources[part] = source
         if len(kept) == len(keys) and part not in manifest.complete:
             manifest.complete.append(part)
-    save_file(_without_ties(wanted), folder / WEIGHTS)
+    return wanted
+
+
+def write_model(
+    folder: Path,
+    model: VisionLanguageModel,
+    config: ModelConfig,
+    processor: VLMProcessor,
+    manifest: Manifest,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write the files of a model folder into an existing folder.
+
+    ``weights`` are the tensors of :func:`kept_names` where the model itself does not hold them whole.
+    """
+    from omegaconf import OmegaConf
+    from safetensors.torch import save_file
+
+    names = kept_names(model, manifest)
+    if weights is None:
+        state = model.state_dict()
+        weights = {name: state[name] for name in names}
+    save_file(_without_ties(weights), folder / WEIGHTS)
     container = to_container(config)
     container["checkpoint"] = None
     container["processor"]["image"] |= _image_node(processor)

@@ -178,6 +178,8 @@ def _data(processor: VLMProcessor, model: VisionLanguageModel) -> list[str]:
     front = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     if front and bos == "never":
         wrong.append("model.template.bos: never, but the tokenizer of the exported model would add it")
+    if processor.template.chat_config.image_number:
+        wrong.append("model.template.image_number: LLaVA's chat template does not number pictures")
     if tokenizer("a")["input_ids"] != front + tokenizer("a", add_special_tokens=False)["input_ids"]:
         wrong.append("model.language_model.tokenizer: it adds more than BOS to a text, and so it would in LLaVA")
     return wrong

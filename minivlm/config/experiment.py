@@ -108,8 +108,8 @@ class RunConfig:
     )
     deepspeed: str | None = setting(
         None,
-        help="settings of engine deepspeed: zero2, zero2_offload, zero3, zero3_offload, or the path of a JSON file; "
-        "see docs/deepspeed.md",
+        help="settings of engine deepspeed: zero2, zero2_offload, zero3, zero3_offload, or the path of a JSON file "
+        "(docs/deepspeed.md)",
     )
 
     # state and logs

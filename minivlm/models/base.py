@@ -142,6 +142,10 @@ class LanguageModel(PartModule):
     """What visual tokens are multiplied by, as :meth:`embed` multiplies those of text (Gemma: sqrt(hidden_size))."""
     router_loss: float | None = None
     """Weight of :meth:`forward_balanced`'s loss in training; None: it is not wanted."""
+    device_map: str | dict[str, Any] | None = None
+    """How its layers are to be spread over several devices; see :mod:`minivlm.models.placement`."""
+    main_device: torch.device | None = None
+    """Where its inputs belong and its outputs come back, once they have been spread."""
 
     def embed(self, ids: Tensor) -> Tensor:
         """[B, L] -> [B, L, hidden_size]."""

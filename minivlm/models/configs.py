@@ -8,6 +8,9 @@ from typing import Any
 from minivlm.lavis.configs import LavisEnvironment
 from minivlm.schema import ModelPart, setting
 
+DEVICE_MAPS = ("auto", "balanced", "sequential")
+"""Ways to spread the layers of a language model over several GPUs."""
+
 
 @dataclass
 class HFVisionConfig:
@@ -192,6 +195,12 @@ class HFLanguageModelConfig:
     )
     dtype: str | None = setting(None, choices=("fp32", "bf16", "fp16"), help="storage of the weights")
     quantization: str | None = setting(None, choices=("int8", "nf4"), help="of the base weights, by bitsandbytes")
+    device_map: str | dict[str, Any] | None = setting(
+        None,
+        local=True,
+        help="to talk to it on several GPUs: auto or balanced (as much on each), sequential (one after the other is "
+        "filled), or device by module, as {model.embed_tokens: 0, model.layers: 1, model.norm: 1, lm_head: 1}",
+    )
     attention: str = setting("sdpa", choices=("sdpa", "eager", "flash_attention_2", "flex_attention"))
     scale_visual: bool = setting(
         True,
@@ -202,3 +211,7 @@ class HFLanguageModelConfig:
         None, gt=0, help="weight of the load-balancing loss of a mixture of experts in training (Mixtral: 0.02)"
     )
     gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.device_map, str) and self.device_map not in DEVICE_MAPS:
+            raise ValueError(f"device_map: {', '.join(DEVICE_MAPS)} or a mapping, got {self.device_map!r}")

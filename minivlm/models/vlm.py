@@ -15,6 +15,9 @@ from minivlm.models.splice import splice
 from minivlm.types import IMAGE_TOKEN_ID, Batch
 
 PARTS = ("vision_encoder", "connector", "language_model")
+_FEATURE_BYTES = 2**30
+"""Pictures are encoded a few at a time where their features would take more than this: one of Mini-Gemini-HD has 1 GiB
+in half precision, one of CLIP 1 MiB."""
 
 
 @dataclass
@@ -48,6 +51,9 @@ class VisionLanguageModel(nn.Module):
         """What the files held that have filled the parts, for printing (``.summary``) or a closer look."""
         self.trained_before: list[str] = []
         """Names of the parameters that the checkpoint has trained, in this or an earlier stage."""
+        self.always_encodes = False
+        """Whether in training a batch without pictures sends a blank one through the encoder, so that all processes
+        run the same modules and have the same gradients."""
 
     def fits(self, name: str, shape: torch.Size) -> bool:
         """Whether ``load_state_dict`` takes a tensor of another shape; see :meth:`PartModule.fits`."""
@@ -56,8 +62,8 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the language model, where inputs should be sent."""
-        return next(self.language_model.parameters()).device
+        """Device of the language model, of its first layers if it has several, where inputs should be sent."""
+        return self.language_model.main_device or next(self.language_model.parameters()).device
 
     def is_frozen(self, part: str) -> bool:
         """Whether no parameter of the part trains."""
@@ -112,8 +118,29 @@ class VisionLanguageModel(nn.Module):
         return features.to(here)
 
     def encode_images(self, batch: Batch) -> Tensor:
-        """Visual tokens [N, tokens_per_image, hidden_size] of all pictures of a batch."""
+        """Visual tokens [N, tokens_per_image, hidden_size] of all N pictures of a batch, each encoded once.
+
+        Where nothing needs gradients, large features are there for a few pictures at a time only.
+        """
+        if batch.features is None and self._may_split():
+            size, total = self._pictures_at_once(), batch.num_distinct
+            parts = [self._encode(batch.pictures(slice(k, k + size))) for k in range(0, total, size)]
+            visual = parts[0] if len(parts) == 1 else torch.cat(parts)
+        else:
+            visual = self._encode(batch)
+        return visual if batch.image_index is None else visual[batch.image_index]
+
+    def _encode(self, batch: Batch) -> Tensor:
         return self._connect(batch.features if batch.features is not None else self.extract_features(batch.pixels))
+
+    def _may_split(self) -> bool:
+        """Whether no features are kept for a backward pass."""
+        return not torch.is_grad_enabled() or (self.is_frozen("vision_encoder") and self.is_frozen("connector"))
+
+    def _pictures_at_once(self) -> int:
+        encoder = self.vision_encoder
+        width = _dtype(encoder, torch.float32).itemsize
+        return max(1, _FEATURE_BYTES // (encoder.num_tokens * encoder.hidden_size * width))
 
     def _connect(self, features: Tensor) -> Tensor:
         kind = features.device.type
@@ -134,13 +161,19 @@ class VisionLanguageModel(nn.Module):
             return splice(embeds, batch.input_ids, visual, batch.image_tokens, self.language_model.embed_scale)
         if embeds.device.type != "meta" and bool(is_image.any()):
             raise ValueError(f"{int(is_image.sum())} image positions in the batch, but no picture")
-        if self.training and not self.is_frozen("connector"):
+        if self.training and (self.always_encodes or not self.is_frozen("connector")):
             # Gradients of the connector must exist on every process, also where no sample has a picture.
             embeds = embeds + 0.0 * self._dummy_visual(embeds).sum()
         return embeds
 
     def _dummy_visual(self, like: Tensor) -> Tensor:
-        return self._connect(torch.zeros(1, *self.feature_shape, device=like.device)).to(like.dtype)
+        if self.always_encodes:
+            sides = {name: int(settings["size"]) for name, settings in self.vision_encoder.inputs.items()}
+            blank = {name: torch.zeros(1, 3, side, side, device=like.device) for name, side in sides.items()}
+            features = self.extract_features(blank)
+        else:
+            features = torch.zeros(1, *self.feature_shape, device=like.device)
+        return self._connect(features).to(like.dtype)
 
     def forward(self, batch: Batch, return_logits: bool = False) -> VLMOutput:
         """Loss over the supervised positions; the output head runs only there.

@@ -33,10 +33,14 @@ class TemplateConfig:
     turn_separator: str = setting("", help="text before every user turn but the first")
     image: str = setting("{image}", help="text around the visual tokens of a picture")
     image_separator: str = setting("\n", help="between pictures given without a place in the text and the text")
+    image_number: str = setting(
+        "", help="text before every picture of a conversation that has several; {number} counts them from 1"
+    )
     markers: str = setting(
         "keep",
         choices=("keep", "collapse_to_front"),
-        help="collapse_to_front: all markers of a message become one, with a line break, at its front",
+        help="collapse_to_front: the markers of a message stand at its front, each with a line break; where they are "
+        "not as many as the pictures they become one",
     )
     cut: list[str] = setting(
         factory=lambda: ["image"], choices=("image", "answer"), help="where text is split before tokenisation"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from minivlm.processors.configs import ProcessorConfig
 from minivlm.processors.image import ImageTransform, image_hash, open_image
+from minivlm.processors.sharing import Picture, share_equal
 from minivlm.processors.template import Template, TemplateError, count_slots, tokenize
 from minivlm.types import (
     IGNORE_INDEX,
@@ -125,7 +126,7 @@ class VLMProcessor:
             ids[row, columns] = torch.tensor(sample.input_ids)
             labels[row, columns] = torch.tensor(sample.labels)
             mask[row, columns] = 1
-        pixels, features = _stack_images(samples)
+        pixels, features, index = _stack_images(samples)
         sizes = [size for s in samples for size in s.tokens_per_image]
         return Batch(
             input_ids=ids,
@@ -133,6 +134,7 @@ class VLMProcessor:
             labels=None if for_generation else labels,
             pixels=pixels,
             features=features,
+            image_index=index,
             image_tokens=sizes if any(size != self.tokens_per_image for size in sizes) else None,
             padding_side="left" if for_generation else "right",
             sample_ids=[s.sample_id for s in samples],
@@ -211,7 +213,7 @@ class VLMProcessor:
     ) -> Encoded:
         form = self.template.chat_config if chat else self.template.config
         try:
-            segments = self.template.render(messages, chat=chat)
+            segments = self.template.render(messages, chat=chat, pictures=encoded_images + len(images))
         except TemplateError as error:
             raise SampleError(sample_id, str(error)) from error
         slots = count_slots(segments)
@@ -265,12 +267,16 @@ class VLMProcessor:
     def _refuse_long(self, encoded: Encoded, limit: int | None = None) -> None:
         limit = limit or self.config.max_length
         if len(encoded.input_ids) > limit:
-            visual = sum(encoded.tokens_per_image)
             raise SampleError(
                 encoded.sample_id,
-                f"{len(encoded.input_ids)} tokens ({visual} of them visual) do not fit into {limit}; "
-                "shorten the text, use fewer pictures or raise model.processor.max_length",
+                f"{len(encoded.input_ids)} tokens{self.describe_pictures(len(encoded.tokens_per_image))} do not fit "
+                f"into {limit}; shorten the text, use fewer pictures or raise model.processor.max_length",
             )
+
+    def describe_pictures(self, count: int) -> str:
+        """What so many pictures take, for messages."""
+        each = self.tokens_per_image
+        return f" ({count * each} of them visual, {each} a picture)" if count else ""
 
 
 def _takes_seed(transform: Any) -> bool:
@@ -278,14 +284,20 @@ def _takes_seed(transform: Any) -> bool:
     return "seed" in inspect.signature(transform).parameters
 
 
-def _stack_images(samples: Sequence[Encoded]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """All pictures of a batch: pixels by input name, or cached features."""
+def _stack_images(samples: Sequence[Encoded]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None, list[int] | None]:
+    """The distinct pictures of a batch, as pixels by input name or cached features, and which one each picture is."""
     import torch
 
     with_images = [s for s in samples if s.tokens_per_image]
-    if not with_images:
-        return {}, None
-    if all(s.features is not None for s in with_images):
-        return {}, torch.stack([f.float() for s in with_images for f in s.features or ()])
-    names = with_images[0].pixels
-    return {name: torch.stack([p for s in with_images for p in s.pixels[name]]) for name in names}, None
+    cached = all(s.features is not None for s in with_images)
+    pictures: list[Picture] = []
+    for sample in with_images:
+        if cached:
+            pictures += [{"features": features.float()} for features in sample.features or ()]
+        else:
+            pictures += [dict(zip(sample.pixels, each, strict=True)) for each in zip(*sample.pixels.values())]
+    if not pictures:
+        return {}, None, None
+    unique, index = share_equal(pictures)
+    stacked = {name: torch.stack([picture[name] for picture in unique]) for name in unique[0]}
+    return ({}, stacked["features"], index) if cached else (stacked, None, index)

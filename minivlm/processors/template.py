@@ -7,7 +7,7 @@ character offsets of the supervised spans; text is never tokenised a second time
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +65,15 @@ class Template:
             return text
         return f"{IMAGE_MARKER}{self.config.image_separator}" * count + text
 
-    def render(self, messages: Sequence[Message], *, chat: bool = False) -> list[Segment]:
+    def render(self, messages: Sequence[Message], *, chat: bool = False, pictures: int | None = None) -> list[Segment]:
         """Messages to segments; a last assistant message without content leaves the turn open.
 
-        ``chat`` selects the form for talking where it differs from the form for training. Raises
-        :class:`TemplateError` for roles out of order and for empty answers.
+        ``chat`` selects the form for talking where it differs from the form for training. With as many markers as
+        ``pictures`` none is dropped. Raises :class:`TemplateError` for roles out of order and for empty answers.
         """
         config = self.chat_config if chat else self.config
         system, turns = _check_turns(config, messages)
+        complete = pictures is not None and pictures == sum((m.content or "").count(IMAGE_MARKER) for m in turns)
         answers = [i for i, m in enumerate(turns) if m.role == "assistant" and m.content is not None]
         first_user = next(i for i, m in enumerate(turns) if m.role == "user")
         segments: list[Segment] = []
@@ -84,7 +85,7 @@ class Template:
                 segments.append(Text(config.turn_separator if index else ""))
                 segments.append(Text(config.user_prefix))
                 segments.append(Text(system_text if config.system_in_user and index == first_user else ""))
-                segments += _user_content(config, message.content or "", chat)
+                segments += _user_content(config, message.content or "", complete, chat)
                 segments.append(Text(config.user_suffix))
                 continue
             segments.append(Text(config.assistant_prefix))
@@ -96,7 +97,7 @@ class Template:
             segments.append(Text(config.answer_prefix, supervised))
             segments += _with_slots(config, message.content, supervised)
             segments += [Text(config.assistant_suffix, supervised), *cut, Text(config.turn_end)]
-        return list(_joined(segments))
+        return list(_joined(_numbered(config, segments)))
 
 
 def _check_turns(config: TemplateConfig, messages: Sequence[Message]) -> tuple[str, list[Message]]:
@@ -121,11 +122,12 @@ def _check_turns(config: TemplateConfig, messages: Sequence[Message]) -> tuple[s
     return system, turns
 
 
-def _user_content(config: TemplateConfig, content: str, chat: bool) -> list[Segment]:
+def _user_content(config: TemplateConfig, content: str, complete: bool, chat: bool) -> list[Segment]:
     if config.markers == "collapse_to_front" and IMAGE_MARKER in content:
+        front = f"{IMAGE_MARKER}\n" * (content.count(IMAGE_MARKER) if complete else 1)
         # Only training data are cleaned up at the end: the text of OCR ends with a line break that the model expects.
         end = content[len(content.rstrip()) :] if chat else ""
-        content = f"{IMAGE_MARKER}\n{content.replace(IMAGE_MARKER, '').strip()}".strip() + end
+        content = f"{front}{content.replace(IMAGE_MARKER, '').strip()}".strip() + end
     if config.user_text == "drop":
         content = IMAGE_MARKER * content.count(IMAGE_MARKER)
     return _with_slots(config, content)
@@ -140,7 +142,18 @@ def _with_slots(config: TemplateConfig, content: str, supervised: bool = False) 
     return segments
 
 
-def _joined(segments: list[Segment]) -> Iterator[Segment]:
+def _numbered(config: TemplateConfig, segments: list[Segment]) -> Iterator[Segment]:
+    """The same segments, with a number before every picture if there are several."""
+    several = config.image_number and count_slots(segments) > 1
+    number = 0
+    for segment in segments:
+        if several and isinstance(segment, ImageSlot):
+            number += 1
+            yield Text(config.image_number.replace("{number}", str(number)))
+        yield segment
+
+
+def _joined(segments: Iterable[Segment]) -> Iterator[Segment]:
     """The same segments without empty texts, neighbouring texts of one kind joined."""
     pending: Text | None = None
     for segment in segments:

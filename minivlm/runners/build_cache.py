@@ -84,7 +84,7 @@ def _frozen(model: VisionLanguageModel) -> set[str]:
 
 def _build(stage: StageConfig, model: VisionLanguageModel, processor: VLMProcessor, console: Console) -> None:
     device = resolve_device(stage.run.device)
-    engine = make_engine(stage.run.engine, device, resolve_precision(stage.run.precision, device))
+    engine = make_engine(stage.run, device, resolve_precision(stage.run.precision, device), trains=False)
     console.rule(f"[bold]{stage.name}")
     done = prepare_cache(stage, model, processor, engine, Splits(stage).all(), console)
     for sample_id, reason in done.bad.items():

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from minivlm.api import assemble_shapes, resolve_device
+from minivlm.config.deepspeed import offloads_optimizer, read_deepspeed, zero_stage
 from minivlm.config.experiment import Experiment, StageConfig, to_container
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.doctor import render_mask
@@ -111,6 +112,12 @@ def _show_data(stage: StageConfig, model: VisionLanguageModel, processor: VLMPro
     per_epoch = feed.steps_per_epoch
     total = min(run.max_epoch * per_epoch, run.max_steps or 10**12)
     console.print(f"\n{feed.describe()}; {total:,} steps ({per_epoch:,} an epoch)", highlight=False, markup=False)
+    if run.engine == "deepspeed":
+        settings = read_deepspeed(run)
+        where = "in the CPU's memory" if offloads_optimizer(settings) else "on the device"
+        console.print(
+            f"DeepSpeed {run.deepspeed}: ZeRO-{zero_stage(settings)}, the optimiser's state {where}", highlight=False
+        )
     schedule = make_schedule(run, total, per_epoch)
     points = sorted({0, min(warmup_steps(run, total), total - 1), total // 2, total - 1})
     console.print(

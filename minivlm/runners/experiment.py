@@ -14,7 +14,7 @@ from rich.console import Console
 
 from minivlm import registry
 from minivlm.api import assemble, resolve_device
-from minivlm.checkpoints.native import find_model_folder, load_weights
+from minivlm.checkpoints.native import find_model_folder
 from minivlm.checkpoints.parts import model_folder
 from minivlm.checkpoints.report import CheckpointError
 from minivlm.config.experiment import Experiment, StageConfig, to_container
@@ -24,6 +24,7 @@ from minivlm.datasets.overlap import overlaps
 from minivlm.datasets.streams import SampleStream
 from minivlm.datasets.training_set import Source, build_datasets, build_split
 from minivlm.io import write_atomic, write_json
+from minivlm.models.base import ModelError
 from minivlm.models.vlm import PARTS, VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
 from minivlm.runners.engines import SingleEngine, make_engine
@@ -42,6 +43,7 @@ def run_experiment(experiment: Experiment, console: Console) -> dict[str, dict[s
     A stage of several whose model section names no checkpoint starts from the model of the stage before it.
     """
     results: dict[str, dict[str, float]] = {}
+    joined_before = torch.distributed.is_initialized()
     previous: Path | None = None
     start = experiment.stages[0].model.checkpoint  # given for all stages, it is where the first one starts
     for stage in experiment.stages:
@@ -49,7 +51,7 @@ def run_experiment(experiment: Experiment, console: Console) -> dict[str, dict[s
             stage.model.checkpoint = str(previous / "model")
         results[stage.name] = run_stage(stage, console)
         previous = Path(stage.run.output_dir)
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() and not joined_before:
         torch.distributed.destroy_process_group()
     return results
 
@@ -59,7 +61,7 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
     run = stage.run
     folder = Path(run.output_dir)
     device = resolve_device(run.device)
-    engine = make_engine(run.engine, device, resolve_precision(run.precision, device))
+    engine = make_engine(run, device, resolve_precision(run.precision, device), trains=not run.evaluate)
     if engine.rank != 0:
         console = Console(quiet=True)
     done = folder / DONE
@@ -74,13 +76,17 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
         accumulation(run, engine.world)  # refuses a global batch that does not fit, before a model is loaded
     if run.evaluate and stage.model.checkpoint is None:
         stage.model.checkpoint = str(find_model_folder(folder))
+    if getattr(stage.model.language_model and stage.model.language_model.config, "device_map", None):
+        raise ModelError(
+            "model.language_model.device_map is for talking to a model; several GPUs train by torchrun and run.engine"
+        )
     data = Splits(stage)  # what lacks there is told before anything large is read
     if engine.rank == 0:
         for text in overlaps((source.key, source.samples) for source in data.train):
             console.print(f"data: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     seed_everything(run.seed)
     model, processor, stage.model = assemble(stage.model)
-    model.to(engine.device)
+    engine.place(model)
     task = registry.get("task", run.task)(run)
     if run.feature_cache:
         prepare_cache(stage, model, processor, engine, data.all(), console)
@@ -94,11 +100,12 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
             stage, model, processor, engine, task, data.train, data.valid, model.trained_before, console
         )
         runner.train()
-        _take_best(runner, model, folder, console)
+        _take_best(runner, engine, model, folder, console)
     metrics = _final_evaluation(stage, model, processor, engine, task, data, console)
     if engine.rank == 0 and not run.evaluate:
         write_json(done, {"metrics": metrics, "seconds": time.perf_counter() - start, "log": LOG})
     engine.barrier()
+    engine.close()
     return metrics
 
 
@@ -152,12 +159,12 @@ def _keep_off_bases(model: VisionLanguageModel, folder: Path) -> None:
                 )
 
 
-def _take_best(runner: Any, model: VisionLanguageModel, folder: Path, console: Console) -> None:
+def _take_best(runner: Any, engine: SingleEngine, model: VisionLanguageModel, folder: Path, console: Console) -> None:
     """Go on with the best weights by the validation metric, when there was one."""
     state = getattr(runner, "state", None)
     if state is None or state.best is None or state.best_step == state.step:
         return
-    load_weights(model, folder / "best")
+    engine.load_weights(model, folder / "best")
     console.print(f"using the weights of step {state.best_step} ({runner.task.metric_name} {state.best:.4f})")
     if runner.is_main:
         import shutil
@@ -177,21 +184,21 @@ def _final_evaluation(
     data: Splits,
     console: Console,
 ) -> dict[str, float]:
-    """The test splits, with baselines and a report, on the first process; the others wait."""
+    """The test splits, with baselines and a report, on the first process; the others wait, or help."""
     metrics: Mapping[str, float] = {}
-    if data.test is not None and engine.rank == 0:
+    if data.test is not None and (engine.rank == 0 or engine.evaluates_together):
         report = Path(stage.run.output_dir) / "report"
         start = time.perf_counter()
         from rich.progress import Progress
 
-        with Progress(console=console, disable=not console.is_terminal) as bar, engine.autocast():
+        with Progress(console=console, disable=not console.is_terminal) as bar, engine.evaluation(model):
             row = bar.add_task("evaluating " + ", ".join(stage.run.test_splits), total=None)
             metrics = task.evaluate(
                 model,
                 processor,
                 data.test,
                 device=engine.device,
-                report_dir=report,
+                report_dir=report if engine.rank == 0 else None,
                 train_samples=_joined(data.reference) if data.reference else None,
                 full=True,
                 progress=lambda done, total: bar.update(row, completed=done, total=total),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 
-from minivlm.checkpoints.native import CheckpointError, Manifest, load_weights, save_model, trained_names, write_model
+from minivlm.checkpoints.native import (
+    CheckpointError,
+    Manifest,
+    kept_names,
+    load_weights,
+    save_model,
+    trained_names,
+    write_model,
+)
 from minivlm.config.experiment import StageConfig
 from minivlm.datasets.feed import make_feed
 from minivlm.datasets.training_set import Source
@@ -82,9 +91,7 @@ class Runner:
         self.schedule = make_schedule(self.run, self.total_steps, self.steps_per_epoch)
         run = self.run
         groups = parameter_groups(model, stage.model, run.init_lr, run.weight_decay, run.lr_multi)
-        betas = (self.run.beta1, self.run.beta2)
-        fused = engine.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(groups, lr=self.run.init_lr, betas=betas, fused=fused)
+        self.optimizer = engine.optimizer(groups, (run.beta1, run.beta2))
         self.trained = trained_names(model, trained_before)
         self.state = TrainState(precision=engine.precision, world=engine.world, data=self.feed.signature)
         self.stop_signal: int | None = None
@@ -100,9 +107,10 @@ class Runner:
     def train(self) -> None:
         """Train from the state to the last step; raises :class:`Interrupted` when a signal asked to stop."""
         seed_everything(self.run.seed)
-        self._resume()
-        # An encoder that trains has norms behind the layer that is taken, and sees no batch of text alone.
-        module = self.engine.prepare(self.model, some_unused=not self.model.is_frozen("vision_encoder"))
+        source = self._resume()
+        module = self.engine.prepare(self.model, self.optimizer, cached=self.run.feature_cache is not None)
+        if source:
+            restore(source, self.engine, self.optimizer)
         self.model.train()
         log = self._open_log() if self.is_main else None
         previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -153,12 +161,10 @@ class Runner:
                 total += output.loss_sum.detach()
         (loss_sum,) = self.engine.sum(float(total))
         loss = loss_sum / max(supervised, 1)
-        norm = self.engine.gradient_norm(self.optimizer, self.run.max_grad_norm)
-        finite = _is_finite(loss) and _is_finite(norm)
-        self.engine.step(self.optimizer, skip=not finite)
+        norm = self.engine.step(self.optimizer, self.run.max_grad_norm, math.isfinite(loss))
         self.state.step += 1
         self.state.consumed += len(micro)
-        self._guard(finite, micro)
+        self._guard(math.isfinite(loss) and math.isfinite(norm), micro)
         seconds = time.perf_counter() - start
         return {
             "step": self.state.step,
@@ -195,8 +201,8 @@ class Runner:
 
     def _evaluate(self, log: RunLog | None) -> None:
         metrics = {}
-        if self.is_main:
-            with self.engine.autocast():
+        if self.is_main or self.engine.evaluates_together:
+            with self.engine.evaluation(self.model):
                 metrics = self.task.evaluate(
                     self.model,
                     self.processor,
@@ -218,8 +224,7 @@ class Runner:
             )
         if better:
             self.state.best, self.state.best_step = value, self.state.step
-            if self.is_main:
-                self._save_model("best", metrics)
+            self._save_model("best", metrics)
         self.model.train()
 
     def save(self, progress: dict[str, Any] | None = None) -> None:
@@ -229,13 +234,20 @@ class Runner:
         """
         rngs = self.engine.gather(random_state())
         self.state.processes = self.engine.gather(progress or self._progress())
-        if self.is_main and self._saved_step != self.state.step:
+        if self._saved_step != self.state.step:
             target = self.folder / "checkpoints" / f"step_{self.state.step:08d}"
-            with _told_if_full(target), atomic_folder(target) as unfinished:
-                (unfinished / "model").mkdir()
-                write_model(unfinished / "model", self.model, self.stage.model, self.processor, self._manifest({}))
-                write_state(unfinished, self.state, self.optimizer, self.engine.scaler, rngs)
-            prune(target.parent, self.run.keep_last)
+            weights = self._weights()
+            with _told_if_full(target), atomic_folder(target) if self.is_main else nullcontext(target) as own:
+                unfinished = Path(self.engine.gather(str(own))[0])
+                self.engine.save_state(unfinished, self.optimizer)
+                if self.is_main:
+                    (unfinished / "model").mkdir()
+                    parts = (self.model, self.stage.model, self.processor, self._manifest({}))
+                    write_model(unfinished / "model", *parts, weights)
+                    write_state(unfinished, self.state, rngs)
+                self.engine.barrier()  # it becomes whole when every process has written its part
+            if self.is_main:
+                prune(target.parent, self.run.keep_last)
         self._saved_step = self.state.step
         self.engine.barrier()
 
@@ -246,15 +258,21 @@ class Runner:
     def _finish(self) -> None:
         """The last checkpoint, the model folder of the stage, and the loss curve."""
         self.save()
+        self._save_model("model", {})
         if self.is_main:
-            self._save_model("model", {})
             draw_loss_curve(self.folder / LOG, self.folder / "loss_curve.png", self.stage.name)
         self.engine.barrier()
 
+    def _weights(self) -> dict[str, Any]:
+        """What a model folder holds of the weights; all processes must ask."""
+        return self.engine.weights(self.model, kept_names(self.model, self._manifest({})))
+
     def _save_model(self, name: str, metrics: dict[str, float]) -> None:
-        with _told_if_full(self.folder / name):
-            manifest = self._manifest(metrics)
-            save_model(self.folder / name, self.model, self.stage.model, self.processor, manifest)
+        weights = self._weights()
+        if self.is_main:
+            with _told_if_full(self.folder / name):
+                manifest = self._manifest(metrics)
+                save_model(self.folder / name, self.model, self.stage.model, self.processor, manifest, weights)
 
     def _manifest(self, metrics: dict[str, float]) -> Manifest:
         return Manifest(trained=self.trained, step=self.state.step, stage=self.stage.name, metrics=metrics)
@@ -275,8 +293,8 @@ class Runner:
             console=self.console,
         )
 
-    def _resume(self) -> None:
-        """Continue from ``run.resume``; ``none`` puts earlier checkpoints aside instead of deleting them."""
+    def _resume(self) -> Path | None:
+        """Position and weights of ``run.resume``, and its folder; ``none`` puts earlier checkpoints aside."""
         folder = self.folder / "checkpoints"
         if self.run.resume == "none":
             if self.is_main and folder.exists():
@@ -284,11 +302,11 @@ class Runner:
                 folder.rename(aside)
                 (self.folder / LOG).unlink(missing_ok=True)
             self.engine.barrier()
-            return
+            return None
         if self.run.resume == "auto":
             found = checkpoints(folder)
             if not found:
-                return
+                return None
             source = found[-1]
         else:
             source = Path(self.run.resume)
@@ -305,9 +323,9 @@ class Runner:
             self.feed.restore(own["feed"])
             self.bad.restore(own["bad"], self.engine.gather(self.bad.written())[0])
         load_weights(self.model, source / "model")
-        restore(source, self.optimizer, self.engine.scaler, self.engine.rank)
         if self.is_main:
             self.console.print(f"resuming from {source} (step {self.state.step} of {self.total_steps})")
+        return source
 
     def _check_same_data(self, source: Path, fresh: TrainState) -> None:
         """Refuse to count on in other batches than those that were counted."""
@@ -369,7 +387,3 @@ def _told_if_full(target: Path) -> Iterator[None]:
             f"cannot save {target}: {error}; free some space and run the same command again, training goes on "
             "from the newest whole checkpoint"
         ) from error
-
-
-def _is_finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +63,8 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def write_state(folder: Path, state: TrainState, optimizer: Any, scaler: Any, rngs: list[dict[str, Any]]) -> None:
-    """Write what resuming needs beside the model: optimiser, loss scaler, random generators, position."""
-    torch.save({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, folder / "optimizer.pt")
+def write_state(folder: Path, state: TrainState, rngs: list[dict[str, Any]]) -> None:
+    """Write what resuming needs beside the model and the optimiser: random generators and position."""
     torch.save(rngs, folder / "random.pt")
     write_json(folder / "state.json", asdict(state))
 
@@ -80,30 +78,14 @@ def read_state(folder: Path) -> TrainState:
     return TrainState(**{key: value for key, value in raw.items() if key in TrainState.__dataclass_fields__})
 
 
-def restore(folder: Path, optimizer: Any, scaler: Any, rank: int) -> None:
-    """Fill optimiser, loss scaler and this process's random generators from a checkpoint.
-
-    Raises :class:`CheckpointError` if other parameters train, or are in other groups.
-    """
-    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+def restore(folder: Path, engine: Any, optimizer: Any) -> None:
+    """Fill optimiser, loss scaler and this process's random generators from a checkpoint."""
     asked = [{key: group[key] for key in ("weight_decay", "betas", "lr_scale")} for group in optimizer.param_groups]
-    then, now = (
-        [group["param_names"] for group in groups]
-        for groups in (saved["optimizer"]["param_groups"], optimizer.param_groups)
-    )
-    if then != now:  # it is kept by number, so that the sizes alone may fit
-        regrouped = set(chain.from_iterable(then)) == set(chain.from_iterable(now))
-        what, setting = ("groups of ", "run.lr_multi") if regrouped else ("", "freeze settings")
-        raise CheckpointError(
-            f"{folder}: the optimiser's state belongs to other {what}trainable parameters; resume with the same "
-            f"{setting}, or start anew with run.resume=none"
-        )
-    optimizer.load_state_dict(saved["optimizer"])
+    engine.load_state(folder, optimizer)
     for group, settings in zip(optimizer.param_groups, asked, strict=True):
         group.update(settings)  # this run's, should they have been changed
-    scaler.load_state_dict(saved["scaler"])
     rngs = torch.load(folder / "random.pt", weights_only=True)
-    restore_random_state(rngs[rank % len(rngs)])
+    restore_random_state(rngs[engine.rank % len(rngs)])
 
 
 def checkpoints(folder: Path) -> list[Path]:

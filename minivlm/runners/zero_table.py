@@ -140,7 +140,7 @@ def zero_table(stage: StageConfig, model: VisionLanguageModel, precision: str, l
     """A row for each level, a column for each number of processes, that of torchrun too."""
     states = States.of(stage, model, precision, length)
     counts = sorted({*PROCESSES, int(os.environ.get("WORLD_SIZE", "1"))})
-    chosen = getattr(stage.run, "deepspeed", None)
+    chosen = stage.run.deepspeed
     headings = (f"{count} process{'es' * (count > 1)}" for count in counts)
     table = Table("", *headings, title="memory of a process under ZeRO, estimated")
     for level in LEVELS:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from minivlm.processors.sharing import content_key
 from minivlm.types import IMAGE_TOKEN_ID, Batch, Message, SampleError
 
 if TYPE_CHECKING:
@@ -25,14 +26,19 @@ _POLL = 0.1
 
 @dataclass
 class _State:
-    """What was said, and the visual tokens [n, T, D] of the pictures shown so far."""
+    """What was said, and the visual tokens [n, T, D] of the pictures shown so far, with a hash of each."""
 
     messages: list[Message] = field(default_factory=list)
     visual: torch.Tensor | None = None
+    keys: list[bytes] = field(default_factory=list)
 
     @property
     def num_images(self) -> int:
-        return 0 if self.visual is None else len(self.visual)
+        return len(self.keys)
+
+    @property
+    def rows(self) -> Sequence[torch.Tensor]:
+        return () if self.visual is None else self.visual.unbind()
 
 
 @dataclass
@@ -44,6 +50,7 @@ class _Turn:
     batch: Batch
     options: dict[str, Any]
     visual: torch.Tensor | None = None
+    keys: list[bytes] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -54,7 +61,8 @@ class Chat:
     longer than ``max_length`` tokens (default: what processor and model take) is an error; with
     ``on_overflow: cut_left`` its oldest tokens are left out instead, so that ``max_new_tokens`` fit, as MiniGPT-4
     does. Several chats may share a model if they share ``lock``, which is held while the model works. A
-    question that fails, is broken off, or is answered with nothing leaves the conversation as it was.
+    question that fails, is broken off, or is answered with nothing leaves the conversation as it was. A picture
+    that was shown in this conversation or the one before is not encoded again.
     """
 
     def __init__(
@@ -88,6 +96,7 @@ class Chat:
         }
         self._lock = lock or threading.Lock()
         self._state = _State()
+        self._before = _State()
 
     @property
     def messages(self) -> list[Message]:
@@ -101,6 +110,8 @@ class Chat:
 
     def reset(self) -> None:
         """Begin a new conversation; an answer on its way stays without effect."""
+        if self._state.num_images:
+            self._before = self._state
         self._state = _State()
 
     def ask(self, text: str, images: Sequence[Any] = (), **options: Any) -> str:
@@ -153,8 +164,10 @@ class Chat:
             settings["keep_last"] = self._room(batch, limit - settings["max_new_tokens"])
             return _Turn(state, messages, batch, settings)
         if used >= limit:
-            reason = f"the conversation has {used} tokens and the model takes {limit}; begin a new conversation"
-            raise SampleError("prompt", reason)
+            count = state.num_images + batch.num_images
+            reason = f"the conversation has {used} tokens{self.processor.describe_pictures(count)}"
+            advice = "begin a new conversation" + (", with fewer pictures" if count > 1 else "")
+            raise SampleError("prompt", f"{reason} and the model takes {limit}; {advice}")
         settings["max_new_tokens"] = min(settings["max_new_tokens"], limit - used)
         return _Turn(state, messages, batch, settings)
 
@@ -202,29 +215,39 @@ class Chat:
                 return ""
         try:
             with torch.inference_mode():
-                batch = turn.batch.to(self.model.device)
-                turn.visual = self._encode(turn, batch)
-                ids = self.model.generate(batch, visual=turn.visual, **options)
+                turn.visual = self._encode(turn)
+                ids = self.model.generate(turn.batch.to(self.model.device), visual=turn.visual, **options)
         finally:
             self._lock.release()
         return self.processor.decode(ids)[0]
 
-    def _encode(self, turn: _Turn, batch: Batch) -> torch.Tensor | None:
-        """Visual tokens of the whole conversation; only new pictures go through the encoder."""
+    def _encode(self, turn: _Turn) -> torch.Tensor | None:
+        """Visual tokens of the whole conversation; only what was not shown before goes through the encoder."""
         import torch
 
-        old = turn.state.visual
+        batch, state = turn.batch, turn.state
         if not batch.num_images:
-            return old
-        new = self.model.encode_images(batch)
-        return new if old is None else torch.cat([old, new])
+            turn.keys = state.keys
+            return state.visual
+        distinct = [_key(batch.pictures([number])) for number in range(batch.num_distinct)]
+        known = {key: row for each in (self._before, state) for key, row in zip(each.keys, each.rows)}
+        new = [number for number, key in enumerate(distinct) if key not in known]
+        if new:
+            encoded = self.model.encode_images(batch.pictures(new).to(self.model.device))
+            known |= zip((distinct[number] for number in new), encoded)
+        turn.keys = state.keys + [distinct[number] for number in batch.image_index or range(len(distinct))]
+        return torch.stack([known[key] for key in turn.keys])
 
     def _keep(self, turn: _Turn, answer: str) -> str:
         # Templates refuse a turn without text, so an empty answer would end the conversation for good.
         if answer:
             turn.state.messages = [*turn.messages, Message("assistant", answer)]
-            turn.state.visual = turn.visual
+            turn.state.visual, turn.state.keys = turn.visual, turn.keys
         return answer
+
+
+def _key(picture: Batch) -> bytes:
+    return content_key([*picture.pixels.values(), *([] if picture.features is None else [picture.features])])
 
 
 class _Streamer:

@@ -9,15 +9,18 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.config.errors import ConfigError
 from minivlm.registry import RegistryError
-from minivlm.serve.assistant import Tools
-from minivlm.serve.image_generation import device_beside
-from minivlm.serve.loading import ServeError, add_arguments, decoding, load_model, parse, read_stage
+from minivlm.serve.assistant import Assistant, Tools
+from minivlm.serve.image_generation import device_beside, save_picture
+from minivlm.serve.loading import ServeError, add_arguments, decoding, load_model, parse, stage_of
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from minivlm.config.experiment import DemoConfig, StageConfig
     from minivlm.serve.chat import Chat
 
@@ -57,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gen", action="store_true", help="draw the pictures that answers ask for (demo.generation)")
     parser.add_argument("--output-file", metavar="FILE", help="with --cli: the picture's name (default: generate.png)")
     parser.add_argument("--cli", action="store_true", help="in the terminal instead of the browser")
+    parser.add_argument("--image-file", metavar="FILE", help="with --cli: path or URL, or several with commas between")
+    parser.add_argument("--query", help="print one answer and end")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="also open a public link through gradio's servers")
@@ -64,15 +69,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    stage = read_stage(arguments.cfg_path, arguments.options)
+    stage = stage_of(arguments)
     stage.demo = _with_flags(stage.demo, arguments)
     tools = Tools.of(stage.demo)
+    images = _pictures(stage, arguments)
     factory = _chats(stage, arguments, tools)
+    if arguments.query is not None:
+        return _answer(Assistant(factory(), tools), arguments.query, images, stage.demo)
     if arguments.cli:
         from minivlm.serve.terminal import run_terminal
 
         _line_editing()
-        run_terminal(factory(), stage.demo, tools=tools)
+        run_terminal(factory(), stage.demo, images, tools=tools)
         return 0
     from minivlm.serve.web import launch
 
@@ -88,6 +96,28 @@ def _with_flags(demo: DemoConfig, arguments: argparse.Namespace) -> DemoConfig:
         return replace(demo, **{key: value for key, value in flags.items() if value})
     except ValueError as error:
         raise ServeError(f"--output-file: {error}") from error
+
+
+def _answer(assistant: Assistant, query: str, images: Sequence[Image], demo: DemoConfig) -> int:
+    """One question, answered on standard output."""
+    reply = assistant.ask(query, images)
+    print(reply.text)
+    if reply.picture is not None:
+        print(f"picture: {save_picture(reply.picture, Path(demo.generated_image))}", file=sys.stderr)
+    if reply.note:
+        print(reply.note, file=sys.stderr)
+    return 0
+
+
+def _pictures(stage: StageConfig, arguments: argparse.Namespace) -> list[Image]:
+    """What --image-file names, read before the model is loaded."""
+    if arguments.image_file is None:
+        return []
+    if not arguments.cli and arguments.query is None:
+        raise ServeError("--image-file is for --cli and --query; on the page pictures are uploaded")
+    from minivlm.serve.pictures import read_pictures
+
+    return read_pictures(arguments.image_file, stage.demo.max_upload_mb)
 
 
 def _chats(stage: StageConfig, arguments: argparse.Namespace, tools: Tools) -> Callable[[], Chat]:

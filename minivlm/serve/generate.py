@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from minivlm.config.experiment import StageConfig
-from minivlm.serve.loading import ServeError, add_arguments, decoding, load_model, parse, read_stage
+from minivlm.serve.flags import positive
+from minivlm.serve.loading import ServeError, add_arguments, decoding, load_model, parse, stage_of
 from minivlm.serve.ocr import OCR
 from minivlm.serve.records import AnswerFile, read_records, record_name, to_sample
 from minivlm.types import Encoded, Sample, SampleError
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises ConfigError, ServeError, DatasetError, ModelError or CheckpointError for what the user can put right.
     """
     arguments = parse(_parser(), argv)
-    stage = read_stage(arguments.cfg_path, arguments.options)
+    stage = stage_of(arguments)
     source = Path(arguments.input)
     images = Path(arguments.images) if arguments.images else source if source.is_dir() else source.parent
     if not images.is_dir():
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, processor = load_model(stage, arguments)
         from minivlm.serve.chat import Chat
 
-        chat = Chat(model, processor, **_decoding(stage, arguments))
+        chat = Chat(model, processor, **decoding(stage.demo))
         sizes = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
         try:
             with answers:
@@ -69,26 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="JSONL: the records with `answer`; an earlier run is continued")
     parser.add_argument("--images", help="folder of the pictures of a JSONL file (default: the file's own)")
     parser.add_argument("--prompt", default=PROMPT, help=f"for records without one (default: {PROMPT})")
-    parser.add_argument("--batch-size", type=_positive, default=8, help="records at a time (default 8)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="records at a time (default 8)")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that read pictures (default 0)")
     parser.add_argument("--ocr", action="store_true", help="add the text in the pictures to every question (demo.ocr)")
-    text = "of an answer (default: section demo of the file)"
-    parser.add_argument("--max-new-tokens", type=_positive, help=f"length {text}")
-    parser.add_argument("--num-beams", type=_positive, help=f"beams {text}")
-    parser.add_argument("--temperature", type=float, default=0.0, help="above 0 answers are sampled (default 0)")
+    # Whatever section demo says: many answers are wanted to be the same the next time.
+    parser.set_defaults(temperature=0.0)
     return parser
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
-
-
-def _decoding(stage: StageConfig, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings of section ``demo``, but greedy, since many answers are wanted to be the same the next time."""
-    given = {name: getattr(arguments, name) for name in ("max_new_tokens", "num_beams", "temperature")}
-    return decoding(stage.demo) | {name: value for name, value in given.items() if value is not None}
 
 
 def answer_records(
@@ -145,7 +131,9 @@ def _encode(processor: VLMProcessor, limit: int, ocr: OCR | None, sample: Sample
         sample = _with_text(sample, ocr)
     encoded = processor.prompt_sample(sample, chat=True)
     if (size := len(encoded.input_ids)) >= limit:
-        raise SampleError(sample.id, f"the prompt has {size} tokens and the model takes {limit}; shorten it")
+        pictures = processor.describe_pictures(len(sample.images))
+        reason = f"the prompt has {size} tokens{pictures} and the model takes {limit}"
+        raise SampleError(sample.id, f"{reason}; shorten it, or use fewer pictures")
     return encoded
 
 

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from minivlm.config.experiment import DemoConfig, ModelConfig, StageConfig
 from minivlm.paths import is_placeholder, is_weight_file
+from minivlm.serve.flags import ServeError, add_flags, apply_flags, use_template
+
+__all__ = ["ServeError", "add_arguments", "decoding", "load_model", "parse", "read_stage", "stage_of"]
 
 if TYPE_CHECKING:
     from minivlm.models.vlm import VisionLanguageModel
@@ -28,18 +31,15 @@ _DECODING = (
 )
 
 
-class ServeError(ValueError):
-    """Something that keeps a program from starting; the message says what to do."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, and on which device."""
     parser.add_argument("config", nargs="?", help="experiment file, or a folder that minivlm wrote")
-    parser.add_argument("--cfg-path", metavar="CONFIG", help="the same")
+    parser.add_argument("--cfg-path", "--model-path", metavar="CONFIG", help="the same")
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--gpu-id", type=int, metavar="N", help="use CUDA device N")
     device.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, mps")
     parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the file")
+    add_flags(parser)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,6 +49,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     if arguments.cfg_path is None:
         parser.error("give an experiment file or the folder of a model: --cfg-path eval_configs/quickstart.yaml")
     return arguments
+
+
+def stage_of(arguments: argparse.Namespace) -> StageConfig:
+    """The stage that the arguments name, with what the flags say. Raises as :func:`read_stage` and the flags do."""
+    return apply_flags(read_stage(arguments.cfg_path, arguments.options), arguments)
 
 
 def read_stage(path: str, options: Sequence[str] = ()) -> StageConfig:
@@ -80,7 +85,8 @@ def load_model(stage: StageConfig, arguments: argparse.Namespace) -> tuple[Visio
     """The model in eval mode on the device that the arguments or else ``run.device`` ask for, its processor."""
     import torch
 
-    from minivlm.api import assemble, resolve_device
+    from minivlm.api import assemble, cast, resolve_device
+    from minivlm.models.placement import place
 
     device = _device(arguments, stage.run.device)
     try:
@@ -89,8 +95,17 @@ def load_model(stage: StageConfig, arguments: argparse.Namespace) -> tuple[Visio
     except (RuntimeError, AssertionError) as error:  # torch without CUDA says so with an assertion
         raise ServeError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
     print(f"loading the model onto {where}", file=sys.stderr, flush=True)
-    model, processor, _ = assemble(stage.model)
-    return model.to(where).eval(), processor
+    model, processor, config = assemble(stage.model, frozen=True)
+    use_template(arguments.conv_mode, processor, config)
+    language_model = model.language_model
+    if (
+        where.type == "cpu"
+        and getattr(language_model, "dtype", None) == torch.float16
+        and not language_model.quantization
+    ):
+        print("note: a CPU is slow in fp16; the language model is kept in bf16", file=sys.stderr)
+        cast(language_model, torch.bfloat16)
+    return place(model, where).eval(), processor
 
 
 def decoding(demo: DemoConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -34,6 +34,7 @@ ANSWER = "model: "
 def run_terminal(
     chat: Chat,
     demo: DemoConfig,
+    images: Sequence[Any] = (),
     *,
     tools: Tools | None = None,
     input: Callable[[str], str] = builtins.input,
@@ -41,6 +42,7 @@ def run_terminal(
 ) -> None:
     """Read questions and commands until the end of the input, and write answers as they come.
 
+    ``images`` are the pictures (PIL) that the first conversation is about.
     ``input`` is called with the prompt, as Python's own; EOFError and KeyboardInterrupt end the conversation.
     ``output`` is standard output by default. With ``tools`` the text in pictures is read, and pictures are written to
     ``demo.generated_image``.
@@ -49,6 +51,8 @@ def run_terminal(
     session.say(f"{demo.title}\n{HELP}")
     if demo.examples:
         session.say("  for example: " + " | ".join(demo.examples))
+    if images:
+        session.begin(list(images))
     while True:
         try:
             line = input(QUESTION).strip()

@@ -58,6 +58,7 @@ class HFLanguageModel(LanguageModel):
         self.logit_scale = _logit_scale(text)
         if config.scale_visual:
             self.embed_scale = _embed_scale(self.model.get_input_embeddings())
+        self.device_map = config.device_map
         if config.router_loss is not None:
             self.router_loss = config.router_loss
             self._balance = _load_balancing(self.model)
@@ -74,11 +75,11 @@ class HFLanguageModel(LanguageModel):
 
     def embed(self, ids: Tensor) -> Tensor:
         """[B, L] -> [B, L, hidden_size]."""
-        return self.model.get_input_embeddings()(ids)
+        return self.model.get_input_embeddings()(ids).to(ids.device)  # here as below: layers may lie elsewhere
 
     def forward(self, embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor) -> Tensor:
         """[B, L, hidden_size] -> normed hidden states of the last layer, same shape."""
-        return self._decode(embeds, attention_mask, position_ids).last_hidden_state
+        return self._decode(embeds, attention_mask, position_ids).last_hidden_state.to(embeds.device)
 
     def forward_balanced(self, embeds: Tensor, attention_mask: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The load-balancing loss over all layers' routers, padding left out (Switch Transformer, eq. 4 to 6)."""
@@ -92,7 +93,7 @@ class HFLanguageModel(LanguageModel):
 
     def head(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] -> logits [..., vocab_size], as the model's own forward computes them."""
-        logits = self.output_head(hidden) * self.logit_scale
+        logits = self.output_head(hidden).to(hidden.device) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def generate(self, embeds: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
