@@ -529,6 +529,7 @@ def test_a_system_of_ones_own_is_a_file(tmp_path: Path, capsys: pytest.CaptureFi
     [
         (["nowhere"], "there is no folder nowhere"),
         ([".", "--system", "mini_gemni"], "no system 'mini_gemni' (did you mean 'mini_gemini'?)"),
+        (["--for", "mini_gemini_7b_stage1", "."], "(a folder to look in stands in front of --for); known are"),
         ([".", "--for", "llava_v1_5_7b_stage1.yaml"], "no training file 'llava_v1_5_7b_stage1'; known are mini_"),
     ],
 )

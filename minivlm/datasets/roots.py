@@ -117,7 +117,9 @@ def needed_rows(table: RootTable, training_files: Sequence[str]) -> dict[str, Ro
         rows = {p: r for p, r in table.rows.items() if any(fnmatch(n, glob) for n in names for glob in r.used_by)}
         if not rows:
             known = sorted({glob for row in table.rows.values() for glob in row.used_by})
-            raise DatasetError(f"{table.title}: no training file '{Path(file).stem}'; known are {', '.join(known)}")
+            hint = " (a folder to look in stands in front of --for)" if Path(file).is_dir() else ""
+            said = f"{table.title}: no training file '{Path(file).stem}'{hint}"
+            raise DatasetError(f"{said}; known are {', '.join(known)}")
         needed |= rows
     return needed
 
