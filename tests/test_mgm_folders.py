@@ -269,6 +269,15 @@ def test_no_name_leads_out_by_dots(tmp_path: Path) -> None:
 # --- the first stage ------------------------------------------------------------------------------------------------
 
 
+def test_the_first_stage_of_another_language_model(tmp_path: Path) -> None:
+    """Vicuna-7B, LLaMA-3-8B and Mixtral are of one width; the file alone does not tell for which it was made."""
+    stage1 = make_stage1(tmp_path / "stage1", LLAMA, visual_tensors(MIXTRAL))
+    experts = settings_of(MIXTRAL)["num_local_experts"]
+    message = refusal(over_folders(tmp_path / "a", MIXTRAL, stage1))
+    assert f"num_local_experts None against {experts}" in message and "model.model_type" in message
+    assert load(over_folders(tmp_path / "b", MIXTRAL, stage1 / "mm_projector.bin"))[0].trained_before
+
+
 @each_folder
 def test_a_folder_of_the_first_stage(name: str, tmp_path: Path) -> None:
     """It and a language model are all that is needed."""
