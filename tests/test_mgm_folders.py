@@ -254,6 +254,7 @@ def test_towers_that_are_nowhere_are_told(tmp_path: Path, monkeypatch: pytest.Mo
     same_model(load(section(LLAMA, folder, vision_encoder=node))[0], whole(LLAMA))
     rows = dict(inspect_path(str(folder)))
     assert rows["good for"] == "model.checkpoint"
+    assert rows["template"] == "vicuna_v1"
 
 
 def test_no_name_leads_out_by_dots(tmp_path: Path) -> None:

@@ -199,6 +199,7 @@ def test_other_names_give_the_same(arch: str, model_type: str, tmp_path: Path) -
         ),
         ("model: {arch: mgn}", r"x\.yaml:3: model\.arch: unknown arch 'mgn' \(did you mean 'mgm'\?\)"),
         ("run: {deepspeeed: zero2}", r"x\.yaml:3: run\.deepspeeed: unknown key \(did you mean 'deepspeed'\?\)"),
+        ("run: {engine: auto}", r"run: .*deepspeed zero2_offload has no effect with engine auto: set engine deepspeed"),
         ("model: {vision_encoder: {high: {image_sise: 1}}}", r"x\.yaml:3: model\.vision_encoder\.high\.image_sise: "),
         ("run: {lr_multi: {'connector.*': two}}", r"x\.yaml:3: run\.lr_multi\.connector\.\*: expected a number"),
     ],
