@@ -329,7 +329,9 @@ def _another_template(config: ModelConfig, described: ModelConfig) -> str | None
     """Of Mini-Gemini the language model tells the template; a preset of another size would have another one."""
     given, wanted, is_whole = config.template, described.template, described.checkpoint is None
     assert described.vision_encoder and wanted
-    if not given or not is_whole or described.vision_encoder.name != "dual" or given.config == wanted.config:
+    if not given or not is_whole or described.vision_encoder.name != "dual":
+        return None
+    if dataclasses.replace(given.config, chat={}) == dataclasses.replace(wanted.config, chat={}):
         return None
     return f"NOTE: model.template is {given.name}, but such a model as {config.checkpoint} answers in {wanted.name}"
 

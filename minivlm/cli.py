@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "inspect": (inspect, "say what a file of weights or a folder holds, and what it is good for"),
         "convert": (convert, "write MiniGPT-4's .pth files as model folders, and back"),
         "download": (download, "fetch the base models of an experiment file, or one, from the hub or a mirror folder"),
-        "export": (export, "write a model in the format of another project (transformers, llava, imp, minigpt4)"),
+        "export": (export, "write a model in the format of another project (transformers, llava, imp, mgm, minigpt4)"),
         "merge": (merge, "write base, encoder, connector and adapters as one folder that needs no other"),
         "cache": (cache, "encode the pictures of an experiment file ahead of its training"),
         "prepare-deepspeed": (prepare_deepspeed, "compile what DeepSpeed needs on this machine, before a run"),

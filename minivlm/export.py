@@ -38,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--cfg-path", help="experiment file with the model that a file of weights belongs to")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of that file")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="storage type (default: as it is)")
-    parser.add_argument("--no-check", action="store_true", help="do not read the target back and compare logits")
+    parser.add_argument(
+        "--no-check", action="store_true", help="transformers: do not read the target back and compare logits"
+    )
     given = parser.parse_args(argv)
     target = Path(given.target)
     if target.exists():

@@ -42,7 +42,7 @@ class Compared:
     def __init__(self) -> None:
         self.count = 0
 
-    def close(self, ours: Tensor, golden: Tensor | None, tolerance: float, what: str = "") -> None:
+    def close(self, ours: Tensor, golden: Tensor | None, tolerance: float = 1e-4, what: str = "") -> None:
         """Equal up to ``tolerance``; another set than the default copy may lack the tensor (None)."""
         if golden is not None:
             assert ours.shape == golden.shape, f"{what}: {tuple(ours.shape)} against {tuple(golden.shape)}"

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import yaml
-from golden_imp import Compared
-from helpers import ROOT
+from golden_mgm import GOLDEN, golden_json, weights_of
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,26 +27,9 @@ from minivlm.processors.template import Template
 from minivlm.processors.tokenizer import load_tokenizer
 from minivlm.types import Batch, Encoded, Message, Sample
 
-DEFAULT = ROOT / "tests" / "golden" / "mini_gemini"
-GOLDEN = Path(os.environ.get("MINIVLM_GOLDEN", ROOT / "tests" / "golden")) / "mini_gemini"
-FOLDERS = sorted(folder.parent.name for folder in GOLDEN.glob("*/expected.json"))
-"""Checkpoints: a family of language models, base or HD."""
 ROLES = {"human": "user", "gpt": "assistant"}
 START_END = ("<im_start>", "<im_end>")
 WEIGHTS = Format("Mini-Gemini's language model", "model.checkpoint", (), LANGUAGE, always=())
-
-
-@pytest.fixture
-def compared() -> Iterator[Compared]:
-    """Fails a test that has compared nothing, but where another set lacks what it wants."""
-    counter = Compared()
-    yield counter
-    assert counter.count > 0 or GOLDEN != DEFAULT, "nothing was compared"
-
-
-def golden_json(name: str) -> Any:
-    """A JSON file of the set."""
-    return json.loads((GOLDEN / name).read_text(encoding="utf-8"))
 
 
 @cache
@@ -140,10 +118,8 @@ def model(folder: str, router_loss: float | None = None) -> VisionLanguageModel:
     kind = config.pop("model_type").partition("_")[2] or "llama"
     settings = {"model_type": kind, **{k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")}}
     language = HFLanguageModel(HFLanguageModelConfig(config=settings, router_loss=router_loss), config["vocab_size"])
-    file = GOLDEN / folder / "model.safetensors"
-    weights = load_file(file if file.is_file() else GOLDEN / f"{kind}_base" / "model.safetensors")
     own = {f"language_model.{name}" for name in language.state_dict()}
-    given = translate(WEIGHTS, weights, own).tensors
+    given = translate(WEIGHTS, load_file(weights_of(folder)), own).tensors
     named = {name: given[name] for name in own & set(given)}
     lacking = {
         id(language.state_dict(keep_vars=True)[name.removeprefix("language_model.")]) for name in own - set(given)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from golden_mgm import GOLDEN, golden_json, golden_tensors
-from safetensors.torch import save_file
+from golden_mgm import BASES, GOLDEN, HDS, golden_json, weights_of
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minivlm.api import assemble
@@ -17,10 +17,8 @@ from minivlm.config.loader import parse_model
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
 
-FOLDERS = sorted(folder.parent.name for folder in GOLDEN.glob("*/expected.json"))
-BASES = [name for name in FOLDERS if (GOLDEN / name / "model.safetensors").is_file()]
 LLAMA = next(name for name in BASES if golden_json(f"{name}/config.json")["model_type"] == "mgm")
-HD = next(name for name in FOLDERS if golden_json(f"{name}/config.json")["image_grid"] > 1)
+HD = HDS[0]
 MIXTRAL = next(name for name in BASES if "mixtral" in golden_json(f"{name}/config.json")["model_type"])
 GEMMA = next(name for name in BASES if "gemma" in golden_json(f"{name}/config.json")["model_type"])
 PICTURE = sorted((GOLDEN / "images").glob("*.png"))[-1]
@@ -30,7 +28,7 @@ VISUAL = ("vision_tower", "vlm_uni_", "mm_projector")
 
 def tensors_of(name: str) -> dict[str, Tensor]:
     """The tensors of a configuration; HD has those of the base."""
-    return golden_tensors(f"{name if name in BASES else LLAMA}/model.safetensors")
+    return load_file(weights_of(name))
 
 
 def settings_of(name: str, **changes: Any) -> dict[str, Any]:

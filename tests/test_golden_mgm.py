@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from golden_mgm import GOLDEN, Compared, compared, golden_json, golden_tensors
+from golden_imp import Compared
+from golden_mgm import FOLDERS, GOLDEN, compared, golden_json, golden_tensors, weights_of
 
 from minivlm.api import assemble
 from minivlm.config.loader import parse_model
@@ -19,7 +20,6 @@ from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.processor import VLMProcessor
 from minivlm.types import IMAGE_TOKEN_ID, Message
 
-FOLDERS = sorted(folder.parent.name for folder in GOLDEN.glob("*/expected.json"))
 LOSSES, LOGITS = 1e-4, 1e-4
 each_folder = pytest.mark.parametrize("folder", FOLDERS)
 __all__ = ["compared"]
@@ -29,8 +29,7 @@ def as_published(folder: str) -> Path:
     """A checkpoint as a folder of its own, the settings of the CLIP tower where its config.json points."""
     target = Path(mkdtemp())
     source = GOLDEN / folder
-    weights = source if (source / "model.safetensors").is_file() else GOLDEN / folder.replace("hd", "base")
-    (target / "model.safetensors").symlink_to((weights / "model.safetensors").resolve())
+    (target / "model.safetensors").symlink_to(weights_of(folder).resolve())
     (target / "config.json").symlink_to((source / "config.json").resolve())
     tower = target / golden_json(f"{folder}/config.json")["mm_vision_tower"]
     tower.mkdir()

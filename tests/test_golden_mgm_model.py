@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_mgm import GOLDEN, Compared, compared, golden_tensors, pixels, training_pixels, visual
+from golden_imp import Compared
+from golden_mgm import BASES, HDS, compared, golden_tensors, pixels, training_pixels, visual
 from torch import Tensor
 
 from minivlm.checkpoints.foreign import Format, prefixed
 from minivlm.checkpoints.mgm import VISUAL
 
 __all__ = ["compared"]
-HD = "llama_hd"
-BASES = sorted(folder.parent.name for folder in GOLDEN.glob("*_base/model.safetensors"))
+PICTURES = golden_tensors("preprocess.safetensors")
+WITHOUT_WHOLE = "feat.projected_grid2_noglobal"
 RESIZED, SHARE = 2e-2, 1e-3
 """The README's tolerance for resized pictures, and the share of pixels that may be that far off."""
 
 
-@pytest.mark.parametrize("mode", ["pad", "square"])
+@pytest.mark.parametrize("mode", sorted({key.partition(".")[0] for key in PICTURES}))
 def test_golden_mini_gemini_pictures(compared: Compared, mode: str) -> None:
     """High resolution from the picture, low resolution from that."""
     encoder, _ = visual(BASES[0])
-    golden = golden_tensors("preprocess.safetensors")
-    for key in (key for key in golden if key.startswith(f"{mode}.")):
+    for key in (key for key in PICTURES if key.startswith(f"{mode}.")):
         name, kind = key.removeprefix(f"{mode}.").rsplit(".", 1)
         high = pixels(encoder, mode, name)
         ours = {"hr": high, "hr_stride4": high[:, ::4, ::4], "lr": encoder.low_pictures(high[None])[0, 0]}[kind]
-        far = ((ours - golden[key]).abs() > 1e-4).float().mean()
+        far = ((ours - PICTURES[key]).abs() > 1e-4).float().mean()
         assert far <= SHARE, key
-        compared.close(ours, golden[key], RESIZED)
+        compared.close(ours, PICTURES[key], RESIZED)
 
 
 @pytest.mark.parametrize("folder", BASES)
@@ -50,12 +50,13 @@ def test_golden_mini_gemini_features(compared: Compared, folder: str) -> None:
     compared.close(connector(tokens), golden.get("feat.projected_lr_only"))
 
 
+@pytest.mark.parametrize("folder", HDS)
 @torch.no_grad()
-def test_golden_mini_gemini_hd(compared: Compared) -> None:
+def test_golden_mini_gemini_hd(compared: Compared, folder: str) -> None:
     """The whole picture in front of its crops, each with cells of its own."""
-    encoder, connector = visual(HD)
-    golden = golden_tensors(f"{HD}/expected.safetensors")
-    rows = training_pixels(encoder, HD)[: len(golden["feat.projected"])]  # a shorter batch than that of the base
+    encoder, connector = visual(folder)
+    golden = golden_tensors(f"{folder}/expected.safetensors")
+    rows = training_pixels(encoder, folder)[: len(golden["feat.projected"])]  # a shorter batch than that of the base
     seen = encoder.low_pictures(rows)
     compared.close(torch.cat([seen[0, 1:], seen[0, :1]]), golden.get("batch.images.0"))
     features = encoder(rows)
@@ -72,12 +73,12 @@ def test_golden_mini_gemini_hd(compared: Compared) -> None:
     compared.close(connector(features), golden.get("feat.projected"))
 
 
+@pytest.mark.parametrize("folder", [f for f in HDS if WITHOUT_WHOLE in golden_tensors(f"{f}/expected.safetensors")])
 @torch.no_grad()
-def test_golden_mini_gemini_hd_without_the_whole_picture(compared: Compared) -> None:
-    encoder, connector = visual(HD, global_view=False)
-    golden = golden_tensors(f"{HD}/expected.safetensors").get("feat.projected_grid2_noglobal")
-    count = None if golden is None else len(golden)
-    compared.close(connector(encoder(training_pixels(encoder, HD)[:count])), golden)
+def test_golden_mini_gemini_hd_without_the_whole_picture(compared: Compared, folder: str) -> None:
+    encoder, connector = visual(folder, global_view=False)
+    golden = golden_tensors(f"{folder}/expected.safetensors")[WITHOUT_WHOLE]
+    compared.close(connector(encoder(training_pixels(encoder, folder)[: len(golden)])), golden)
 
 
 @pytest.mark.parametrize("folder", BASES)

@@ -10,16 +10,13 @@ from typing import Any
 import pytest
 import torch
 from golden_imp import Compared
+from golden_mgm import BASES, FOLDERS, GOLDEN, compared, golden_json
 from golden_mgm_text import (
-    FOLDERS,
-    GOLDEN,
     START_END,
     WEIGHTS,
     batch_of,
-    compared,
     encoded,
     expected,
-    golden_json,
     messages,
     model,
     processor,
@@ -40,6 +37,7 @@ from minivlm.types import IGNORE_INDEX, IMAGE_MARKER, IMAGE_TOKEN_ID, Batch, Enc
 LOGITS, LOSSES = 1e-4, 1e-5
 CASES = golden_json("templates.json")["preprocess"]
 PROMPTS = golden_json("templates.json")["inference_prompts"]
+PADS = {case["tokenizer"]: case["pad_token_id"] for case in CASES if case["pad_token_id"] is not None}
 BROKEN_MASKS = ("llava_v0",)
 """The original's masks are off by some tokens; ours are the answers."""
 each_folder = pytest.mark.parametrize("folder", FOLDERS)
@@ -102,15 +100,12 @@ def test_golden_mini_gemini_tags_stand_in_training_only(name: str, like: str, co
     )
 
 
-@pytest.mark.parametrize("tokens", sorted({case["tokenizer"] for case in CASES}))
+@pytest.mark.parametrize("tokens", sorted(PADS))
 def test_golden_mini_gemini_pad_token(tokens: str, compared: Compared) -> None:
     """Where the tokenizer has none it is the unknown one; LLaMA-3, which has neither, is given one by its role."""
-    golden = next(case["pad_token_id"] for case in CASES if case["tokenizer"] == tokens)
-    if tokens == "llama3":
-        special = {"pad_token": "<|reserved_special_token_0|>"}
-        compared.equal(load_tokenizer(str(GOLDEN / "tokenizers" / tokens), None, special).pad_token_id, golden)
-    else:
-        compared.equal(tokenizer(tokens).pad_token_id, golden)
+    folder, reserved = str(GOLDEN / "tokenizers" / tokens), "<|reserved_special_token_0|>"
+    special = {"pad_token": reserved} if reserved in load_tokenizer(folder).get_vocab() else None
+    compared.equal(load_tokenizer(folder, None, special).pad_token_id, PADS[tokens])
 
 
 # --- orders ---------------------------------------------------------------------------------------------------------
@@ -250,7 +245,7 @@ def test_golden_mini_gemini_greedy_ids(folder: str, compared: Compared) -> None:
         compared.equal(whole.generate(batch, visual=tokens, **options)[0].tolist(), record["new_ids"])
 
 
-@pytest.mark.parametrize("folder", [f for f in FOLDERS if (GOLDEN / f / "model.safetensors").is_file()])
+@pytest.mark.parametrize("folder", BASES)
 def test_golden_mini_gemini_weights_go_back(folder: str, compared: Compared, tmp_path: Any) -> None:
     """What the rules take in they give back to the bit, also as a file."""
     weights = load_file(GOLDEN / folder / "model.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from helpers import ROOT, tiny_model, write_yaml
 from PIL import Image
 
+from minivlm.builtins import CONFIGS
 from minivlm.cli import main
 from minivlm.config import ConfigError, load_config
 from minivlm.datasets import roots
@@ -448,6 +450,25 @@ def test_every_row_is_asked_for_and_knows_its_source() -> None:
         assert not any("Eval" in name or "textvqa" in name.split("/") for name in needed)
 
 
+def test_the_presets_know_the_variables_of_the_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who sets what the command prints trains from the tree; then it is not printed again."""
+    presets = "".join(file.read_text() for file in (CONFIGS / "models").glob("mini_gemini_*.yaml"))
+    named = {row.variable for row in roots.read_table("mini_gemini").rows.values() if row.variable}
+    assert named == set(re.findall(r"\$\{oc\.env:(\w+),", presets))
+    plant(tmp_path)
+    for variable in named:
+        monkeypatch.delenv(variable, raising=False)
+    assert main(["check-root", str(tmp_path), "--for", SEVEN]) == 0
+    printed = dict(re.findall(r"export (\w+)=(\S+)", capsys.readouterr().out))
+    assert printed["MINIVLM_VICUNA_V15"] == str(tmp_path / "model_zoo/LLM/vicuna/7B-V1.5") and len(printed) == 3
+    for variable, place in printed.items():
+        monkeypatch.setenv(variable, place)
+    assert main(["check-root", str(tmp_path), "--for", SEVEN]) == 0
+    assert "export" not in capsys.readouterr().out
+
+
 def test_results_are_recognised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = tmp_path / "work_dirs"
     for file in (
@@ -529,6 +550,7 @@ def test_a_system_of_ones_own_is_a_file(tmp_path: Path, capsys: pytest.CaptureFi
     [
         (["nowhere"], "there is no folder nowhere"),
         ([".", "--system", "mini_gemni"], "no system 'mini_gemni' (did you mean 'mini_gemini'?)"),
+        (["--for", "mini_gemini_7b_stage1", "."], "(a folder to look in stands in front of --for); known are"),
         ([".", "--for", "llava_v1_5_7b_stage1.yaml"], "no training file 'llava_v1_5_7b_stage1'; known are mini_"),
     ],
 )

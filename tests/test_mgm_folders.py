@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from golden_mgm import BASES, FOLDERS
 from llava_folders import change_config, reshard
 from mgm_folders import (
-    BASES,
-    FOLDERS,
     GEMMA,
     HD,
     LLAMA,
@@ -255,6 +254,7 @@ def test_towers_that_are_nowhere_are_told(tmp_path: Path, monkeypatch: pytest.Mo
     same_model(load(section(LLAMA, folder, vision_encoder=node))[0], whole(LLAMA))
     rows = dict(inspect_path(str(folder)))
     assert rows["good for"] == "model.checkpoint"
+    assert rows["template"] == "vicuna_v1"
 
 
 def test_no_name_leads_out_by_dots(tmp_path: Path) -> None:
@@ -268,6 +268,15 @@ def test_no_name_leads_out_by_dots(tmp_path: Path) -> None:
 
 
 # --- the first stage ------------------------------------------------------------------------------------------------
+
+
+def test_the_first_stage_of_another_language_model(tmp_path: Path) -> None:
+    """Vicuna-7B, LLaMA-3-8B and Mixtral are of one width; the file alone does not tell for which it was made."""
+    stage1 = make_stage1(tmp_path / "stage1", LLAMA, visual_tensors(MIXTRAL))
+    experts = settings_of(MIXTRAL)["num_local_experts"]
+    message = refusal(over_folders(tmp_path / "a", MIXTRAL, stage1))
+    assert f"num_local_experts None against {experts}" in message and "model.model_type" in message
+    assert load(over_folders(tmp_path / "b", MIXTRAL, stage1 / "mm_projector.bin"))[0].trained_before
 
 
 @each_folder

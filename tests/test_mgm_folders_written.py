@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from golden_mgm import BASES, FOLDERS
 from helpers import write_yaml
 from llava_folders import tiny_llava
 from mgm_folders import (
-    BASES,
-    FOLDERS,
     GEMMA,
     HD,
     LLAMA,
@@ -39,6 +38,7 @@ from transformers.utils import logging
 from minivlm.api import assemble
 from minivlm.checkpoints import to_llava
 from minivlm.checkpoints.inspection import inspect_path
+from minivlm.checkpoints.native import Manifest, read_manifest, save_model, trained_names
 from minivlm.cli import main
 from minivlm.config import defaults, load_config
 
@@ -141,6 +141,26 @@ def test_lora_goes_round(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     about = json.loads((back / "adapter_config.json").read_text())
     assert (about["r"], about["lora_alpha"], about["base_model_name_or_path"]) == (4, 8, str(base))
     same_model(load(section(name, back))[0], load(node)[0])
+
+
+@each_base
+def test_a_language_model_that_has_trained_is_exported_whole(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the second stage writes needs neither its base nor a merge; a head may be the embeddings."""
+    stage1, base = make_stage1(tmp_path / "stage1", name), make_language_model(tmp_path / "base", name)
+    model, processor, config = load(section(name, stage1, base))
+    model.language_model.requires_grad_(True)
+    trained = trained_names(model, model.trained_before)
+    save_model(tmp_path / "stage2", model, config, processor, Manifest(trained=trained))
+    assert {"connector", "language_model"} <= set(read_manifest(tmp_path / "stage2").complete)
+    shutil.rmtree(base)
+    same_model(load({"checkpoint": str(tmp_path / "stage2")})[0], model)
+    command(capsys, "export", tmp_path / "stage2", tmp_path / "back", "--to", "mgm")
+    ours, theirs = load_file(tmp_path / "back" / "model.safetensors"), tensors_of(name)
+    assert all("vision_tower.vision_tower" in n for n in theirs.keys() - ours.keys())  # a layer that is not used
+    same_tensors(ours, {n: theirs[n] for n in ours})
+    same_model(load({"checkpoint": str(tmp_path / "back")})[0], model)
 
 
 def test_lora_is_merged_and_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from golden_mgm import GOLDEN, golden_json
 from helpers import ROOT, losses
+from mgm_folders import HD, LLAMA
 from mini_gemini_parts import (
     LANGUAGE_MODELS,
     TOWERS,
@@ -61,7 +62,7 @@ def first(gpus: int, per_gpu: int, accumulation: int, zero: str, template: str =
 
 TWICE = (("connector.*", 2.0),)
 LARGE = {"rate": 1e-5, "factors": TWICE}
-HD: dict[str, Any] = {"length": 4096}
+LONG: dict[str, Any] = {"length": 4096}
 PUBLISHED = {
     "2b_stage1": first(8, 8, 4, "zero2_offload", "gemma"),
     "7b_stage1": first(16, 16, 1, "zero2_offload"),
@@ -75,12 +76,12 @@ PUBLISHED = {
     "8b_stage2": Row(16, 8, 1, "zero2_offload", "llama_3"),
     "8x7b_stage2": Row(32, 4, 1, "zero3", "mistral_instruct", **LARGE),
     "34b_stage2": Row(32, 4, 1, "zero3", "chatml_direct", **LARGE),
-    "2b_hd_stage2": Row(32, 4, 1, "zero2", "gemma", save_steps=20000, **HD),
-    "7b_hd_stage2": Row(32, 4, 1, "zero2", "vicuna_v1", **HD),
-    "13b_hd_stage2": Row(32, 4, 1, "zero2", "vicuna_v1", **HD),
-    "8b_hd_stage2": Row(16, 4, 2, "zero3", "llama_3", **HD),
-    "8x7b_hd_stage2": Row(32, 4, 1, "zero3", "mistral_instruct", **LARGE, **HD),
-    "34b_hd_stage2": Row(32, 4, 1, "zero3", "chatml_direct", **LARGE, **HD),
+    "2b_hd_stage2": Row(32, 4, 1, "zero2", "gemma", save_steps=20000, **LONG),
+    "7b_hd_stage2": Row(32, 4, 1, "zero2", "vicuna_v1", **LONG),
+    "13b_hd_stage2": Row(32, 4, 1, "zero2", "vicuna_v1", **LONG),
+    "8b_hd_stage2": Row(16, 4, 2, "zero3", "llama_3", **LONG),
+    "8x7b_hd_stage2": Row(32, 4, 1, "zero3", "mistral_instruct", **LARGE, **LONG),
+    "34b_hd_stage2": Row(32, 4, 1, "zero3", "chatml_direct", **LARGE, **LONG),
 }
 # CLIP-L without its last layer, which layer -2 does not need, and ConvNeXt-L
 ENCODERS = 303_507_456 - 12_596_224 + 196_227_264
@@ -198,6 +199,7 @@ def test_other_names_give_the_same(arch: str, model_type: str, tmp_path: Path) -
         ),
         ("model: {arch: mgn}", r"x\.yaml:3: model\.arch: unknown arch 'mgn' \(did you mean 'mgm'\?\)"),
         ("run: {deepspeeed: zero2}", r"x\.yaml:3: run\.deepspeeed: unknown key \(did you mean 'deepspeed'\?\)"),
+        ("run: {engine: auto}", r"run: .*deepspeed zero2_offload has no effect with engine auto: set engine deepspeed"),
         ("model: {vision_encoder: {high: {image_sise: 1}}}", r"x\.yaml:3: model\.vision_encoder\.high\.image_sise: "),
         ("run: {lr_multi: {'connector.*': two}}", r"x\.yaml:3: run\.lr_multi\.connector\.\*: expected a number"),
     ],
@@ -281,7 +283,7 @@ def bases(place: Path) -> dict[str, str]:
 def train(stem: str, data: Path, folder: Path, *more: str, **run: Any) -> Path:
     """A shipped file with options alone; returns the folder of the run."""
     file = CONFIGS / f"mini_gemini_{stem}.yaml"
-    size = golden_json(f"llama_{'hd' if '_hd_' in stem else 'base'}/config.json")["image_size_aux"]
+    size = golden_json(f"{HD if '_hd_' in stem else LLAMA}/config.json")["image_size_aux"]
     settings = {"output_dir": folder, "engine": "single", "deepspeed": "null", "device": "cpu", "precision": "fp32"}
     settings |= {"num_workers": 0, "batch_size_train": 2, "global_batch_size": 4, "max_steps": 4, **run}
     given = [*data_options(file, data), f"model.vision_encoder.high.image_size={size}", *more]
@@ -343,7 +345,7 @@ def test_stage_1_then_stage_2_then_hd(
     assert all("answer" in answer and "error" not in answer for answer in answers)
 
 
-@pytest.mark.parametrize(("folder", "stem"), [("llama_base", "7b_hd_stage2"), ("llama_hd", "7b_stage2")])
+@pytest.mark.parametrize(("folder", "stem"), [(LLAMA, "7b_hd_stage2"), (HD, "7b_stage2")])
 def test_a_published_folder_brings_the_parts_of_a_preset(
     folder: str, stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,7 +353,7 @@ def test_a_published_folder_brings_the_parts_of_a_preset(
     for variable in (*TOWERS, LANGUAGE_MODELS["7b"][0]):
         monkeypatch.setenv(variable, str(tmp_path / "nowhere"))
     published = as_published(folder)
-    size = golden_json("llama_hd/config.json")["image_size_aux"]
+    size = golden_json(f"{HD}/config.json")["image_size_aux"]
     given = [f"model.checkpoint={published}", f"model.vision_encoder.high.image_size={size}"]
     tokenizer = golden_json(f"{folder}/expected.json")["tokenizer"]
     given.append(f"model.language_model.tokenizer={GOLDEN / 'tokenizers' / tokenizer}")

@@ -105,8 +105,7 @@ def _model_folder(folder: Path) -> list[Row]:
         whole = "all of it is here" if part in manifest.complete else ""
         base = f"base {source.get('path', '')} {source.get('also', '')}".rstrip() if source else ""
         rows.append((part, f"{name}: {whole or base or 'partly here'}"))
-    template = config.get("template")
-    rows.append(("template", str(template.get("name") if isinstance(template, dict) else template)))
+    rows.append(("template", _template(config.get("template"))))
     rows.append(("trained", f"{len(manifest.trained)} tensors, {manifest.step} steps {manifest.stage}".rstrip()))
     rows += [("metrics", ", ".join(f"{k} {v:.4g}" for k, v in manifest.metrics.items()))] if manifest.metrics else []
     rows += [("needs", ", ".join(manifest.imports))] if manifest.imports else []
@@ -131,7 +130,7 @@ def _llava_folder(folder: Path) -> list[Row]:
     language = section["language_model"]
     if language.get("weights") and not language.get("tokenizer"):
         rows.append(("to be named", "model.language_model.tokenizer, which is not in the folder"))
-    rows.append(("template", section["template"]))
+    rows.append(("template", _template(section["template"])))
     return rows + _contents(file)
 
 
@@ -149,6 +148,11 @@ def _part(name: str, node: Mapping[str, Any]) -> list[Row]:
         if isinstance(inner, dict) and "name" in inner:
             rows += _part(f"{name}.{key}", inner)
     return rows
+
+
+def _template(node: Any) -> str:
+    """Its name, whatever settings it has beside."""
+    return str(node.get("name") if isinstance(node, dict) else node)
 
 
 def _size(files: Iterable[Path]) -> int:

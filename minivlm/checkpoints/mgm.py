@@ -5,11 +5,13 @@ Whole models, files of the first stage, which hold the visual parts, and LoRA ad
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from minivlm.checkpoints import llava
+from minivlm.checkpoints.files import WeightFile
 from minivlm.checkpoints.foreign import Format, Rule, Size, prefixed
-from minivlm.models.vlm import PARTS
+from minivlm.models.vlm import PARTS, VisionLanguageModel
 
 _MINING = {"query": "query", "aux": "key", "val": "value"}
 VISUAL = (
@@ -45,6 +47,24 @@ _SIZES = (
 _CONFIG = ("image_size_aux", "mm_vision_tower_aux")
 """Without one of these in its ``config.json`` a folder is a plain LLaVA."""
 
+_LANGUAGE_SIZES = ("num_hidden_layers", "intermediate_size", "num_local_experts")
+
+
+def _another_language_model(file: WeightFile, model: VisionLanguageModel) -> str | None:
+    """What ``config.json`` tells apart and no shape does: Vicuna-7B, LLaMA-3-8B and Mixtral are of one width."""
+    named, own = file.extra.get("config"), getattr(getattr(model.language_model, "model", None), "config", None)
+    if not isinstance(named, Mapping) or own is None or named.get("hidden_size") != own.hidden_size:
+        return None  # shapes tell of another width
+    pairs = {key: (named.get(key), getattr(own, key, None)) for key in _LANGUAGE_SIZES}
+    apart = [f"{key} {theirs} against {ours}" for key, (theirs, ours) in pairs.items() if theirs != ours]
+    if not apart:
+        return None
+    return (
+        f"by its config.json it was trained with another language model ({', '.join(apart)}); take the one of its size "
+        "(model.model_type), or, if it is to be so, name the file of weights in that folder instead of the folder"
+    )
+
+
 MGM = Format(
     "a model of Mini-Gemini",
     "model.checkpoint",
@@ -76,6 +96,7 @@ PROJECTOR = Format(
     wants=_CONFIG,
     repeats=("vision_encoder.*",),
     sizes=_SIZES,
+    explain=_another_language_model,
 )
 BARE = Format(
     "a bare projector of Mini-Gemini",
@@ -84,6 +105,7 @@ BARE = Format(
     (Rule("#.*", "connector.projector.layers.#.*"),),
     always=("connector.projector.*",),
     sizes=_SIZES[:1],
+    explain=_another_language_model,
 )
 """What the original takes for one: names without a prefix. Mining stays as it was."""
 LORA = replace(

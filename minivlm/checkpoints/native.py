@@ -56,8 +56,8 @@ class Manifest:
 
 
 def trained_names(model: VisionLanguageModel, earlier: list[str] | None = None) -> list[str]:
-    """Names of the parameters that train now or did ``earlier``."""
-    now = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Names of the parameters that train now or did ``earlier``; a head that is the embeddings counts as both."""
+    now = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     return sorted(now | set(earlier or []))
 
 

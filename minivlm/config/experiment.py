@@ -134,6 +134,10 @@ class RunConfig:
             raise ValueError(f"warmup_ratio {self.warmup_ratio:g} and warmup_steps {self.warmup_steps}: give one only")
         if self.group_by_modality_length and self.mix == "batch":
             raise ValueError("group_by_modality_length groups samples of all datasets, which needs mix: sample")
+        if self.deepspeed and self.engine == "auto":
+            raise ValueError(
+                f"deepspeed {self.deepspeed} has no effect with engine auto: set engine deepspeed, or null"
+            )
 
 
 NEGATIVE_PROMPT = (

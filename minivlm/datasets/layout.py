@@ -29,7 +29,7 @@ def check_layout(name: str, split: str, annotations: Path, images: Path, config:
         raise DatasetError(f"dataset '{name}': {lacking[0]}")
     text = "\n  ".join([f"dataset '{name}' is not complete:", *lacking])
     if folders:
-        text += "\nif the records need one of them not, say so: `layout: {FOLDER: null}`; `layout: null` asks for none"
+        text += "\nif no record needs one of them, leave it out: `layout: {FOLDER: null}`; `layout: null` asks for none"
     raise DatasetError(text)
 
 

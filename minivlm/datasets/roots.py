@@ -40,6 +40,7 @@ class Row:
     """A file or folder of the tree."""
 
     source: str = setting("", help="where it comes from")
+    variable: str = setting("", help="environment variable by which presets find it")
     used_by: list[str] = setting(factory=list, help="training files that need it, with *; empty: none")
     holds: list[str] = setting(factory=list, help="names in the folder, with * and |, without which it is not whole")
 
@@ -98,9 +99,9 @@ def read_table(system: str) -> RootTable:
         raise ConfigError(problems)
     for name, used_by in table.datasets.items():
         config = _dataset_config(name)
-        table.rows[str(config.annotations)] = Row(config.source or "", used_by)
+        table.rows[str(config.annotations)] = Row(config.source or "", used_by=used_by)
         for folder, source in (config.layout or {}).items():
-            table.rows[f"{config.images}/{folder}"] = Row(source or "", used_by)
+            table.rows[f"{config.images}/{folder}"] = Row(source or "", used_by=used_by)
     return table
 
 
@@ -117,7 +118,9 @@ def needed_rows(table: RootTable, training_files: Sequence[str]) -> dict[str, Ro
         rows = {p: r for p, r in table.rows.items() if any(fnmatch(n, glob) for n in names for glob in r.used_by)}
         if not rows:
             known = sorted({glob for row in table.rows.values() for glob in row.used_by})
-            raise DatasetError(f"{table.title}: no training file '{Path(file).stem}'; known are {', '.join(known)}")
+            hint = " (a folder to look in stands in front of --for)" if Path(file).is_dir() else ""
+            said = f"{table.title}: no training file '{Path(file).stem}'{hint}"
+            raise DatasetError(f"{said}; known are {', '.join(known)}")
         needed |= rows
     return needed
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,6 +56,7 @@ def check_root(
         console.print(Text(said, "yellow" if need else "red"), soft_wrap=True)
         console.print(Text(f"  from {item.row.source}"), soft_wrap=True)
     _show_results(root, table, console)
+    _show_variables(found, console)
     wrong = [item for item in lacking if item.path in needed]
     verdict = f"{len(wrong)} of {len(needed)} needed places lack something" if wrong else "all is there that is needed"
     console.print(Text(verdict, "red" if wrong else "green"))
@@ -75,6 +78,18 @@ def _table(title: str, found: Sequence[Found]) -> Table:
         state = Text(item.state, _STYLES.get(item.state, "red" if item.row.used_by else "yellow"))
         table.add_row(Text(item.path), state, Text(item.note), Text(", ".join(item.row.used_by) or "-"))
     return table
+
+
+def _show_variables(found: Sequence[Found], console: Console) -> None:
+    """How training files are told of the models, which they would fetch from the hub otherwise."""
+    named = {item.row.variable: item.place for item in found if item.is_there and item.row.variable}
+    lines = [f"  export {v}={shlex.quote(str(place))}" for v, place in named.items() if not _is_set(v, place)]
+    if lines:
+        console.print(Text("\n".join(["to use the models that are there:", *lines])), soft_wrap=True)
+
+
+def _is_set(variable: str, place: Path) -> bool:
+    return Path(os.environ.get(variable, os.devnull)).resolve() == place.resolve()
 
 
 def _show_results(root: Path, table: RootTable, console: Console) -> None:
