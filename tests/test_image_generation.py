@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from minivlm import cli
 from minivlm.config import ConfigError, load_config
 from minivlm.config.experiment import NEGATIVE_PROMPT, DemoConfig
 from minivlm.processors.processor import VLMProcessor
+from minivlm.serve import web_handlers
 from minivlm.serve.assistant import Assistant, Reply, Tools
 from minivlm.serve.image_generation import (
     GenerationError,
@@ -189,12 +192,21 @@ def test_an_output_file_that_is_no_picture_is_refused(
 ) -> None:
     assert chat(config, monkeypatch, arguments=["--output-file", "cat.txt"]) == 2
     assert "--output-file: generated_image cat.txt must end in one of .png" in capsys.readouterr().err
+    assert cli.main(["chat", str(config), "--output-file", "cat.png"]) == 2
+    assert "add --gen" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"demo.*cat\.txt"):
         load_config(config, ["demo.generated_image=cat.txt"])
+    with pytest.raises(ConfigError, match="image_size 20 is no multiple of 8"):
+        load_config(config, ["demo.image_size=20"])
 
 
-def test_a_picture_that_cannot_be_written_is_told(generator: ImageGenerator, tmp_path: Path) -> None:
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_picture_that_cannot_be_written_is_kept_elsewhere(
+    generator: ImageGenerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("temporary" if elsewhere else "file")))
     output = io.StringIO()
     given = iter(["draw", "/quit"])
     demo = DemoConfig(generated_image=str(tmp_path / "file" / "x.png"))
@@ -205,8 +217,12 @@ def test_a_picture_that_cannot_be_written_is_told(generator: ImageGenerator, tmp
         input=lambda prompt: next(given),
         output=output,
     )
-    assert f"{SHOWN}\n(drawing the picture)\n(the picture cannot be written: " in output.getvalue()
+    told = f"(drawing the picture)\n(the picture cannot be written to {demo.generated_image}: File exists)\n"
+    kept = tmp_path / "temporary" / "x.png"
+    told += f"picture: {kept} (16 x 16)\n" if elsewhere else "(nor to the folder for temporary files)\n"
+    assert told in output.getvalue()
     assert output.getvalue().endswith("bye\n")
+    assert kept.exists() == elsewhere
 
 
 def last_note(generator: ImageGenerator) -> str:
@@ -247,6 +263,21 @@ def test_a_folder_that_is_no_pipeline_is_told(sdxl: Path, tmp_path: Path) -> Non
     (tmp_path / "code" / "unet" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     assert last_note(ImageGenerator(str(tmp_path / "code"))).startswith("no picture: ")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_of_half_precision_alone_is_drawn_with(sdxl: Path, tmp_path: Path, capfd: Any) -> None:
+    shutil.copytree(sdxl, tmp_path / "half")
+    for file in (tmp_path / "half").rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    assert ImageGenerator(str(tmp_path / "half"), steps=1).draw("a cat").size == (16, 16)
+    assert "%|" not in capfd.readouterr().err  # no bars of the parts that are loaded
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_cannot_draw_is_told(sdxl: Path, device: str) -> None:
+    note = last_note(ImageGenerator(str(sdxl), device=device))
+    assert note.startswith(f"no picture: device {device} cannot be used: ")
+    assert note.endswith("; correct demo.image_device")
 
 
 def test_a_lack_of_memory_is_told(sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,6 +359,26 @@ def test_the_page_shows_the_picture_in_the_conversation(
     *_, (shown, _, session) = handlers.ask("hello", RED, 1, 0.0, session, False, False)
     assert [isinstance(message["content"], list) for message in shown] == [False] * 3 + [True] + [False] * 2
     assert session.chat.messages[0].content == "hello"
+
+
+def test_the_page_goes_on_without_a_picture(generator: ImageGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(web_handlers, "save_pil_to_cache", full)
+    warnings: list[str] = []
+    monkeypatch.setattr(web_handlers, "_warn", warnings.append)
+    handlers = Handlers(Talker, Tools(generator=generator))  # type: ignore[arg-type]
+    *_, (_, _, session) = handlers.ask("hello", None, 1, 0.0, None)
+    assert warnings == ["Upload a picture first."] and session is None
+    *_, (shown, _, session) = handlers.ask("draw a cat", None, 1, 0.0, None, False, True)
+    assert warnings[1:] == ["The picture cannot be kept: No space left on device."]
+    assert [message["content"] for message in shown] == ["draw a cat", SHOWN]
+    *_, (shown, _, session) = handlers.ask("why red?", None, 1, 0.0, session)
+    assert len(shown) == 4 and len(warnings) == 2
+    handlers.restart(session)
+    *_, (_, _, session) = handlers.ask("hello", None, 1, 0.0, session)
+    assert warnings[2:] == ["Upload a picture first."]
 
 
 def test_names_of_pictures(tmp_path: Path) -> None:

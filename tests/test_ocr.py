@@ -33,7 +33,7 @@ BLANK = Image.new("RGB", (64, 48), (220, 30, 30))
 
 def written(*texts: tuple[int, int, str]) -> Image.Image:
     """Black on white, each text at its place."""
-    image = Image.new("RGB", (640, 200), "white")
+    image = Image.new("RGB", (640, 480), "white")  # a flat one would be enlarged
     for left, top, text in texts:
         ImageDraw.Draw(image).text((left, top), text, fill="black", font=FONT)
     return image

@@ -196,7 +196,9 @@ class DemoConfig:
     )
     negative_prompt: str = setting(NEGATIVE_PROMPT, help="what the image generator is to avoid")
     image_steps: int | None = setting(None, ge=1, help="denoising steps of a picture; default: the pipeline's own")
-    image_size: int | None = setting(None, ge=8, help="pixels of its sides; default: the pipeline's own")
+    image_size: int | None = setting(
+        None, ge=8, help="pixels of its sides, a multiple of 8; default: the pipeline's own"
+    )
     image_seed: int | None = setting(None, ge=0, help="the same prompt gives the same picture; default: another one")
     image_device: str | None = setting(
         None, help="what draws on: cpu, cuda:1, ...; default: the last GPU if the model is on one, else its device"
@@ -208,6 +210,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.temperature > self.max_temperature:
             raise ValueError(f"temperature {self.temperature:g} is above max_temperature {self.max_temperature:g}")
+        if self.image_size is not None and self.image_size % 8:
+            raise ValueError(f"image_size {self.image_size} is no multiple of 8")
         if not self.generated_image.lower().endswith(PICTURE_FILES):
             raise ValueError(f"generated_image {self.generated_image} must end in one of {', '.join(PICTURE_FILES)}")
 

@@ -93,9 +93,14 @@ def _with_flags(demo: DemoConfig, arguments: argparse.Namespace) -> DemoConfig:
     flags: dict[str, Any] = {"ocr": arguments.ocr, "generation": arguments.gen}
     flags["generated_image"] = arguments.output_file
     try:
-        return replace(demo, **{key: value for key, value in flags.items() if value})
+        demo = replace(demo, **{key: value for key, value in flags.items() if value})
     except ValueError as error:
         raise ServeError(f"--output-file: {error}") from error
+    if arguments.output_file and not (demo.generation and arguments.cli):
+        raise ServeError(
+            "--output-file names the picture that is drawn in the terminal: add --gen, and --cli to demo.py"
+        )
+    return demo
 
 
 def _answer(assistant: Assistant, query: str, images: Sequence[Image], demo: DemoConfig) -> int:

@@ -6,7 +6,8 @@ import inspect
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,21 +106,28 @@ class ImageGenerator:
             from diffusers import DiffusionPipeline
         except ImportError as error:
             raise GenerationError(f'{_first_line(error)}; run pip install "minivlm[generation]"') from error
-        half = torch.device(self.device).type == "cuda"
-        settings = {"dtype": torch.float16 if half else torch.float32, "use_safetensors": True}
-        path = os.path.expanduser(self.path)
         try:
-            try:
-                pipeline = DiffusionPipeline.from_pretrained(path, variant="fp16" if half else None, **settings)
-            except (OSError, ValueError):
-                if not half:
-                    raise
-                pipeline = DiffusionPipeline.from_pretrained(path, **settings)  # it has one kind of files only
-        except (OSError, ValueError) as error:
+            half = torch.empty(0, device=self.device).is_cuda
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA says so with an assertion
             raise GenerationError(
-                f"{self.path} cannot be loaded: {_first_line(error)}; set demo.image_generator to the folder of a "
-                "pipeline of diffusers, or to an id on the hub that this machine can reach"
+                f"device {self.device} cannot be used: {_first_line(error)}; correct demo.image_device"
             ) from error
+        settings = {"dtype": torch.float16 if half else torch.float32, "use_safetensors": True}
+        failures: dict[str | None, Exception] = {}
+        for variant in ("fp16", None) if half else (None, "fp16"):  # many folders have one kind of files only
+            try:
+                with _without_bars():
+                    pipeline = DiffusionPipeline.from_pretrained(
+                        os.path.expanduser(self.path), variant=variant, **settings
+                    )
+                break
+            except (OSError, ValueError) as error:
+                failures[variant] = error
+        else:
+            raise GenerationError(
+                f"{self.path} cannot be loaded: {_first_line(failures[None])}; set demo.image_generator to the folder "
+                "of a pipeline of diffusers, or to an id on the hub that this machine can reach"
+            ) from failures[None]
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
 
@@ -165,6 +173,22 @@ def save_picture(picture: Image, wanted: Path) -> Path:
     with atomic_file(target) as unfinished:
         picture.save(unfinished, format=Image.registered_extensions()[target.suffix.lower()])
     return target
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars of diffusers and transformers, which would run into the conversation of a terminal."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    shown = [module for module in (diffusers, transformers) if module.utils.logging.is_progress_bar_enabled()]
+    for module in shown:
+        module.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module in shown:
+            module.utils.logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

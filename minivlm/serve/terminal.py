@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -156,12 +157,17 @@ class _Terminal:
         self.say("" if shown else "(the model answered with nothing; the question was taken back)")
 
     def write_picture(self, picture: Image) -> None:
-        """Into a file of its own; one that cannot be written is told."""
+        """Into a file of its own; where that cannot be written, into the folder for temporary files."""
+        where = f"({picture.width} x {picture.height})"
         try:
-            file = save_picture(picture, self.target)
-            self.say(f"\npicture: {file} ({picture.width} x {picture.height})", end="")
+            self.say(f"\npicture: {save_picture(picture, self.target)} {where}", end="")
         except OSError as error:
-            self.say(f"\n(the picture cannot be written: {error})", end="")
+            self.say(f"\n(the picture cannot be written to {self.target}: {error.strerror or error})", end="")
+            try:
+                file = save_picture(picture, Path(tempfile.gettempdir()) / self.target.name)
+                self.say(f"\npicture: {file} {where}", end="")
+            except OSError:
+                self.say("\n(nor to the folder for temporary files)", end="")
 
 
 def _paths(text: str) -> list[Path]:

@@ -44,6 +44,8 @@ THEME = gr.themes.Soft(
     input_border_width="1px",
     input_border_color="*neutral_300",
     input_border_color_dark="*neutral_600",
+    checkbox_border_color="*neutral_400",
+    checkbox_border_color_dark="*neutral_500",
     button_border_width="1px",
     button_secondary_border_color="*neutral_300",
     button_secondary_border_color_dark="*neutral_600",
@@ -81,7 +83,7 @@ def build_page(chat_factory: Callable[[], Chat], demo: DemoConfig, tools: Tools 
     handlers = Handlers(chat_factory, tools, grounding=grounding)
     with gr.Blocks(title=demo.title, analytics_enabled=False, fill_width=True, delete_cache=(_HOUR, _DAY)) as page:
         session = gr.State(None, time_to_live=_DAY)
-        hint = "; drag over it to mark a box" if grounding else ""
+        hint = "; drag over it to mark a box" if grounding else ", or have one drawn" if tools.generator else ""
         gr.Markdown(f"# {demo.title}\nUpload a picture and ask about it{hint}.", elem_id="title")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):

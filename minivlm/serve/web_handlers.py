@@ -117,7 +117,9 @@ class Handlers:
     ) -> Iterator[tuple[Any, ...]]:
         """Stream an answer -> (conversation, question, session); a picture to generate needs none to look at."""
         question = (question or "").strip()
-        if problem := _problem(question, picture, needs_picture=not generate) or (
+        # What began without a picture goes on without one.
+        talking = session is not None and session.picture is None and session.chat.exchanges
+        if problem := _problem(question, picture, needs_picture=not generate and not talking) or (
             _task_problem(question) if self.grounding else ""
         ):
             _warn(problem)
@@ -172,7 +174,7 @@ class Handlers:
             messages.append(self._message(session, "user", exchange.question.replace(IMAGE_MARKER, "").strip()))
             picture = exchange.reply.picture
             if picture is not None and number not in session.drawn:
-                session.drawn[number] = save_pil_to_cache(picture, get_upload_folder(), format="png")
+                session.drawn[number] = _saved(picture)
             generated = session.drawn.get(number, "")
             messages.append(self._message(session, "assistant", _with_note(exchange.reply), generated=generated))
         return messages
@@ -243,6 +245,15 @@ def _too_large(payload: Any) -> OSError | None:
     if megapixels <= MAX_MEGAPIXELS:
         return None
     return OSError(f"This picture has {megapixels:.0f} megapixels; at most {MAX_MEGAPIXELS} are taken.")
+
+
+def _saved(picture: Image.Image) -> str:
+    """The file of a generated picture; empty, and told, where it cannot be written."""
+    try:
+        return save_pil_to_cache(picture, get_upload_folder(), format="png")
+    except OSError as error:
+        _warn(f"The picture cannot be kept: {error.strerror or error}.")
+        return ""
 
 
 def _with_note(reply: Reply) -> str:
