@@ -101,6 +101,9 @@ def test_markers_become_one_only_where_pictures_lack() -> None:
         return sum(isinstance(s, ImageSlot) for s in template.render(messages, pictures=pictures))
 
     assert [slots(None), slots(1), slots(2), slots(3)] == [1, 1, 2, 1]
+    _, processor = load(FOLDERS[0])
+    with pytest.raises(SampleError, match="3 <image> markers in the text, but 2 pictures"):
+        processor.prompt([Message("user", "<image><image><image>?")], PICTURES[:2])
     front = template.render(messages, pictures=2)[:4]
     assert front == [ImageSlot(), Text("\n"), ImageSlot(), Text("\nis  like ?")]
 
@@ -233,6 +236,12 @@ def test_nothing_is_split_while_the_connector_trains(monkeypatch: pytest.MonkeyP
     model.connector.requires_grad_(False)
     model(batch)
     assert seen.calls == [2, 1, 1]
+    model.always_encodes = True  # processes that wait for each other call the encoder equally often
+    model(batch)
+    assert seen.calls == [2, 1, 1, 2]
+    model.eval()
+    model(batch)
+    assert seen.calls == [2, 1, 1, 2, 1, 1], "in an evaluation all do the same"
 
 
 def test_positions_of_repeated_pictures_are_all_there() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import http.server
+import json
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +27,13 @@ from minivlm.api import load as load_api
 from minivlm.checkpoints.native import Manifest, save_model
 from minivlm.config.errors import ConfigError
 from minivlm.config.loader import load_config, parse_model
+from minivlm.models import vlm
 from minivlm.models.base import ModelError
+from minivlm.models.configs import HFLanguageModelConfig
+from minivlm.models.language.hf import HFLanguageModel
 from minivlm.models.placement import place, plan_layers
 from minivlm.models.vlm import PARTS, VisionLanguageModel
+from minivlm.serve.chat import Chat
 from minivlm.serve.pictures import read_pictures
 from minivlm.serve.terminal import run_terminal
 
@@ -126,6 +132,8 @@ def test_addresses_are_fetched(pictures: tuple[Path, Path], address: str, tmp_pa
         (f"{address}/page.html", "no picture that can be read"),
         (f"{address}/large.png", "more than 1 MB"),
         ("http://127.0.0.1:1/x.png", "cannot be fetched"),
+        (f"{address}/a b.png", "cannot be fetched: .*control characters"),
+        (" , ", "names no picture"),
         ("file:///etc/passwd", "there is no picture"),
         (str(tmp_path / "page.html"), "cannot read picture"),
     ):
@@ -172,6 +180,29 @@ def test_another_template_is_used_with_a_note(
 # --- a base ----------------------------------------------------------------------------------------------------------
 
 
+def test_generation_settings_of_a_base_do_not_count(tmp_path: Path) -> None:
+    """Its penalties, sampling and lengths would be added to what is asked for; a checkpoint keeps none of them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    node: dict[str, Any] = section()["language_model"]
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**node["config"] | {"vocab_size": 300, "eos_token_id": 7}))
+    base.save_pretrained(tmp_path)
+    said = {"do_sample": True, "repetition_penalty": 1e6, "min_new_tokens": 3, "max_length": 4, "eos_token_id": 7}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    config = HFLanguageModelConfig(path=str(tmp_path))
+    embeds, mask = torch.randn(1, 3, base.config.hidden_size), torch.ones(1, 3, dtype=torch.long)
+    ours = HFLanguageModel(config, 300).eval()
+    assert ours.model.generation_config.eos_token_id == 7
+    ids = ours.generate(embeds, mask, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+    step = embeds
+    for token in ids[0]:
+        with torch.no_grad():
+            assert ours.head(ours(step, None, torch.arange(step.shape[1])[None]))[0, -1].argmax() == token
+        step = torch.cat([step, ours.embed(token[None, None])], 1)
+    assert len(set(ids[0].tolist())) < 12, "or there is nothing to punish"
+
+
 def test_adapters_find_their_base(tmp_path: Path, loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
     """The folder of adapters names none that is here."""
     golden = IMP / "v15"
@@ -190,10 +221,8 @@ def test_adapters_find_their_base(tmp_path: Path, loaded: Loaded, capsys: pytest
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of ours with these parts; four bits on a CPU want widths that 32 divides."""
-    content = section()
-    content["language_model"]["config"] |= {"hidden_size": 64, "intermediate_size": 128}
-    model, processor, config = assemble(parse_model(content, "test"))
+    """A folder of ours with these parts."""
+    model, processor, config = assemble(parse_model(section(), "test"))
     folder = tmp_path_factory.mktemp("own") / "model"
     save_model(folder, model, config, processor, Manifest())
     return folder
@@ -201,7 +230,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("source", "flag", "kind"),
-    [("own", "--load-4bit", "Linear4bit"), ("file", "--load-4bit", "Linear4bit")]
+    [(source, "--load-4bit", "Linear4bit") for source in ("own", "file", "published")]
     + [(source, "--load-8bit", "Linear8bitLt") for source in ("own", "published")],
 )
 def test_only_the_language_model_is_quantised(
@@ -231,6 +260,20 @@ def test_what_cannot_be_quantised_says_so(tmp_path: Path, capsys: pytest.Capture
     assert "only trained weights that can be read again are quantised" in capsys.readouterr().err
 
 
+def test_eight_bits_beside_bf16_answer_quietly(
+    published: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bitsandbytes would tell with every layer of every token that it computes in fp16."""
+    for file in published.iterdir():
+        (tmp_path / file.name).symlink_to(file.resolve())
+    (tmp_path / "model.safetensors").unlink()
+    tensors = load_file(published / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.WARNING)
+    assert chat(tmp_path, "--load-8bit", "--query", "x", "--max-new-tokens", "2") == 0
+    assert "will be cast" not in caplog.text
+
+
 def test_half_precision_becomes_bf16_on_a_cpu(
     published: Path, loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +286,28 @@ def test_half_precision_becomes_bf16_on_a_cpu(
     assert {p.dtype for p in loaded.models[0].language_model.parameters()} == {torch.bfloat16}
     assert "kept in bf16" in capsys.readouterr().err
     assert not any(p.requires_grad for p in loaded.models[0].parameters()), "what trains would be in fp32"
+
+
+def test_a_gpu_encodes_pictures_in_the_type_of_the_language_model(
+    pictures: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in training and evaluation; the CPU stands for the GPU that is not here."""
+    content = section()
+    content["language_model"]["dtype"] = "bf16"
+    model, processor, _ = assemble(parse_model(content, "test"), frozen=True)
+    model.eval()
+    found = []
+    connect = model.connector.forward
+    monkeypatch.setattr(model.connector, "forward", lambda tokens: found.append(tokens.dtype) or connect(tokens))
+    talk = Chat(model, processor, max_new_tokens=1)
+    batch = processor.prompt([{"role": "user", "content": "<image>what?"}], [pictures[1]])
+    for excluded in (vlm._FULL_PRECISION, ("meta",)):
+        monkeypatch.setattr(vlm, "_FULL_PRECISION", excluded)
+        talk.ask("what?", [pictures[len(found) // 2]])
+        model.generate(batch, max_new_tokens=1, pad_token_id=0)
+    assert found == [torch.float32] * 2 + [torch.bfloat16] * 2
+    content["language_model"]["dtype"] = "fp32"
+    assert not isinstance(assemble(parse_model(content, "test"), frozen=True)[0].as_trained(), torch.autocast)
 
 
 # --- devices --------------------------------------------------------------------------------------------------------

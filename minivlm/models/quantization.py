@@ -35,6 +35,8 @@ def quantization_arguments(kind: str, dtype: str | None) -> dict[str, Any]:
         return {}
     from transformers import BitsAndBytesConfig
 
+    # It computes in fp16, and says so in every call of every layer where the model has another type.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if kind == "int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     compute = DTYPES[dtype or "bf16"]
@@ -80,3 +82,7 @@ def quantise(language_model: PartModule) -> None:
             "quantization: null"
         )
     language_model.to("cuda" if torch.cuda.is_available() else "cpu")  # where bitsandbytes quantises
+    layer: Any
+    for layer in language_model.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False) and (layer.out_features % 32 or layer.in_features % 64):
+            layer.support_avx512bf16_for_cpu = False  # which takes whole blocks only

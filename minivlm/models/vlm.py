@@ -18,6 +18,8 @@ PARTS = ("vision_encoder", "connector", "language_model")
 _FEATURE_BYTES = 2**30
 """Pictures are encoded a few at a time where their features would take more than this: one of Mini-Gemini-HD has 1 GiB
 in half precision, one of CLIP 1 MiB."""
+_FULL_PRECISION = ("cpu", "meta")
+"""Devices that are not faster in half precision."""
 
 
 @dataclass
@@ -134,7 +136,9 @@ class VisionLanguageModel(nn.Module):
         return self._connect(batch.features if batch.features is not None else self.extract_features(batch.pixels))
 
     def _may_split(self) -> bool:
-        """Whether no features are kept for a backward pass."""
+        """Whether no features are kept for a backward pass, and no other process counts on one call of the encoder."""
+        if self.training and self.always_encodes:
+            return False
         return not torch.is_grad_enabled() or (self.is_frozen("vision_encoder") and self.is_frozen("connector"))
 
     def _pictures_at_once(self) -> int:
@@ -199,6 +203,16 @@ class VisionLanguageModel(nn.Module):
             output.loss = loss_sum / count.clamp(min=1)
         return output
 
+    def as_trained(self) -> Any:
+        """The context in which pictures are encoded to talk about them.
+
+        Beside a language model in half precision, a GPU computes in that type what is stored in fp32, as in training
+        and evaluation; a CPU would not be faster.
+        """
+        kind, dtype = self.device.type, getattr(self.language_model, "dtype", torch.float32)
+        half = dtype in (torch.bfloat16, torch.float16) and kind not in _FULL_PRECISION
+        return torch.autocast(kind, dtype) if half else nullcontext()
+
     @torch.inference_mode()
     def generate(
         self, batch: Batch, *, visual: Tensor | None = None, keep_last: int | None = None, **options: Any
@@ -209,7 +223,8 @@ class VisionLanguageModel(nn.Module):
         ``generate`` (max_new_tokens, num_beams, do_sample, temperature, top_p, streamer, stop_strings with
         tokenizer, ...).
         """
-        embeds, mask = self.embed(batch, visual), batch.attention_mask
+        with self.as_trained():
+            embeds, mask = self.embed(batch, visual), batch.attention_mask
         if keep_last is not None:
             embeds, mask = embeds[:, -keep_last:], mask[:, -keep_last:]
         return self.language_model.generate(embeds, mask, **options)

@@ -221,7 +221,8 @@ class VLMProcessor:
         slots = count_slots(segments)
         pictures = encoded_images + len(images)
         if slots != pictures:
-            raise SampleError(sample_id, f"{slots} {IMAGE_MARKER} markers in the text, but {pictures} pictures")
+            written = sum((message.content or "").count(IMAGE_MARKER) for message in messages)
+            raise SampleError(sample_id, f"{written} {IMAGE_MARKER} markers in the text, but {pictures} pictures")
         sizes = [self.tokens_per_image] * pictures
         ids, labels = tokenize(segments, self.tokenizer, sizes, form.bos)
         encoded = Encoded(ids, labels, tokens_per_image=sizes, sample_id=sample_id)

@@ -233,7 +233,8 @@ class Chat:
         known = {key: row for each in (self._before, state) for key, row in zip(each.keys, each.rows)}
         new = [number for number, key in enumerate(distinct) if key not in known]
         if new:
-            encoded = self.model.encode_images(batch.pictures(new).to(self.model.device))
+            with self.model.as_trained():
+                encoded = self.model.encode_images(batch.pictures(new).to(self.model.device))
             known |= zip((distinct[number] for number in new), encoded)
         turn.keys = state.keys + [distinct[number] for number in batch.image_index or range(len(distinct))]
         return torch.stack([known[key] for key in turn.keys])

@@ -93,7 +93,8 @@ def load_model(stage: StageConfig, arguments: argparse.Namespace) -> tuple[Visio
         where = resolve_device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA says so with an assertion
-        raise ServeError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]  # a list of all devices that there ever were follows
+        raise ServeError(f"device {device} cannot be used: {reason}") from error
     print(f"loading the model onto {where}", file=sys.stderr, flush=True)
     model, processor, config = assemble(stage.model, frozen=True)
     use_template(arguments.conv_mode, processor, config)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
 import io
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -21,6 +21,8 @@ def read_pictures(text: str, max_mb: int) -> list[Image.Image]:
     Raises :class:`ServeError` for what is not there, is no picture, or is an address of more than ``max_mb`` MB.
     """
     names = [text] if Path(text).expanduser().is_file() else [name.strip() for name in text.split(",")]
+    if not any(names):
+        raise ServeError(f"--image-file: '{text}' names no picture; leave it out to talk without one")
     return [_read(name, max_mb) for name in names if name]
 
 
@@ -33,7 +35,7 @@ def _read(name: str, max_mb: int) -> Image.Image:
     try:
         with urllib.request.urlopen(name, timeout=_SECONDS) as answer:
             content = answer.read(max_mb * 2**20 + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise ServeError(f"--image-file: {name} cannot be fetched: {error}") from error
     if len(content) > max_mb * 2**20:
         raise ServeError(f"--image-file: {name} has more than {max_mb} MB (demo.max_upload_mb)")

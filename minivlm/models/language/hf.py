@@ -42,6 +42,7 @@ class HFLanguageModel(LanguageModel):
         else:
             self.model = from_pretrained(part, AutoModelForCausalLM, config.path, revision=config.revision, **arguments)
             self.source = source_of(config.path, config.revision)
+        self.model.generation_config = _only_tokens(self.model.generation_config)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             _checkpoint_in_eval_mode(self.model)
@@ -101,6 +102,13 @@ class HFLanguageModel(LanguageModel):
         """Left-padded embeddings -> new ids [B, T], finished rows filled with the pad id."""
         defaults = {"do_sample": False, "num_beams": 1}
         return self.model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **defaults | options)
+
+
+def _only_tokens(folder: Any) -> Any:
+    """What a folder says of generation, without penalties, lengths and sampling, which would be added to ours."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(**{key: getattr(folder, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")})
 
 
 def _checkpoint_in_eval_mode(model: nn.Module) -> None:
