@@ -180,11 +180,12 @@ def test_the_file_holds_what_no_base_provides(bases: Path, tmp_path: Path) -> No
     assert read_manifest(tmp_path / "c").complete == ["vision_encoder", "connector", "language_model"]
 
 
-def test_a_complete_model_does_not_need_its_bases(bases: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["trained bases", "tied base"])
+def test_a_complete_model_does_not_need_its_bases(name: str, bases: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(bases, tmp_path / "bases")
-    model, processor, _ = saved(case("trained bases", tmp_path / "bases"), tmp_path / "model")
+    model, processor, _ = saved(case(name, tmp_path / "bases"), tmp_path / "model")
     expected = logits(model, processor)
     shutil.rmtree(tmp_path / "bases")
     assert torch.equal(logits(*minivlm.load(tmp_path / "model", device="cpu")), expected)

@@ -27,6 +27,7 @@ from minivlm.models.connectors.patch_info_mining import PatchInfoMining
 from minivlm.models.vision.convnext import ConvNeXtMultiscale
 from minivlm.models.vision.dual import DualVisionEncoder
 from minivlm.models.vlm import VisionLanguageModel
+from minivlm.types import Batch
 
 VIT = {
     "hidden_size": 16,
@@ -277,6 +278,19 @@ def test_under_autocast_features_are_kept_in_its_type() -> None:
         tokens = model._connect(features)
     assert features.dtype == torch.bfloat16
     torch.testing.assert_close(tokens.float(), full, rtol=0.1, atol=0.03)
+
+
+@pytest.mark.parametrize("always_encodes", [False, True])
+def test_with_narrow_weights_a_batch_of_text_passes_under_autocast(always_encodes: bool) -> None:
+    """As DeepSpeed trains: the weights are bf16 themselves, and what stands for a picture is fp32."""
+    model = model_of(section(freeze=True)).bfloat16().train()
+    model.always_encodes = always_encodes
+    ids = torch.tensor([[5, 6, 7]])
+    batch = Batch(ids, torch.ones_like(ids), labels=ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(batch).loss
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.connector.parameters())
 
 
 def test_the_projector_is_any_connector() -> None:

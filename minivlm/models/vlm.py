@@ -147,9 +147,10 @@ class VisionLanguageModel(nn.Module):
         return max(1, _FEATURE_BYTES // (encoder.num_tokens * encoder.hidden_size * width))
 
     def _connect(self, features: Tensor) -> Tensor:
-        kind = features.device.type
-        if kind == "meta" or not torch.is_autocast_enabled(kind):  # which casts where it must, in the narrower type
-            features = features.to(_dtype(self.connector, features.dtype))
+        kind, dtype = features.device.type, _dtype(self.connector, features.dtype)
+        # Autocast casts to the narrower type where it must, but no operator that has narrow weights and wide inputs.
+        if kind == "meta" or not torch.is_autocast_enabled(kind) or dtype != torch.float32:
+            features = features.to(dtype)
         return self.connector.finish(features) if self.has_frozen_front else self.connector(features)
 
     def embed(self, batch: Batch, visual: Tensor | None = None) -> Tensor:

@@ -324,7 +324,11 @@ class Runner:
             self.bad.restore(own["bad"], self.engine.gather(self.bad.written())[0])
         load_weights(self.model, source / "model")
         if self.is_main:
-            self.console.print(f"resuming from {source} (step {self.state.step} of {self.total_steps})")
+            self.console.print(
+                f"resuming from {source} (step {self.state.step} of {self.total_steps})",
+                highlight=False,
+                soft_wrap=True,
+            )
         return source
 
     def _check_same_data(self, source: Path, fresh: TrainState) -> None:
