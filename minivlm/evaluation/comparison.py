@@ -81,7 +81,7 @@ def render_html(found: Comparison, title: str) -> str:
 <p class="lead">{question}</p>
 <table class="scores"><thead><tr>{columns}</tr></thead><tbody>{scores}</tbody></table>
 <p class="soft">Right subject: of the pictures with keywords, those whose answer holds one of them.</p>
-<div class="wide"><table class="answers"><thead><tr><th>picture</th>{heading}</tr></thead>
+<div class="wide"><table class="answers" style="min-width: {16 + 14 * len(found.models)}rem"><thead><tr><th>picture</th>{heading}</tr></thead>
 <tbody>{rows}</tbody></table></div>
 </main></body></html>
 """
@@ -172,9 +172,9 @@ def _draw_row(axes: Sequence[Any], found: Comparison, number: int) -> None:
         for spine in axis.spines.values():
             spine.set(color=colour, linewidth=2 if verdict is not None else 0.8)
         sign = {True: "✓ ", False: "✗ ", None: ""}[verdict]
-        text = sign + line.get("answer", line.get("error", "")) or "(no answer)"
-        text = wrap(text, 24 if _is_wide(text) else 46, 10)
-        place = {"x": 0.03, "y": 0.95, "va": "top", "fontsize": 8.5, "color": "#222222"}
+        text = sign + (line.get("answer", line.get("error")) or "(no answer)")
+        text = wrap(re.sub(r"[\x00-\x1f\x7f]", " ", text), 22 if _is_wide(text) else 44, 10)
+        place = {"x": 0.03, "y": 0.95, "va": "top", "fontsize": 8.5, "color": "#222222", "clip_on": True}
         axis.text(s=text, transform=axis.transAxes, parse_math=False, fontfamily=font, **place)
 
 
@@ -194,11 +194,12 @@ _OWN_CSS = """
 main { max-width: 90rem; } .wide { overflow-x: auto; }
 table.scores { width: auto; } table.scores td:nth-child(3) { font-weight: normal; }
 table.scores td:nth-child(2) { font-weight: 600; }
-table.answers { margin-top: 1rem; }
+table.answers { margin-top: 1rem; table-layout: fixed; }
 table.answers td, table.answers th { text-align: left; vertical-align: top; font-weight: normal; }
 table.answers th { font-weight: 600; }
-table.answers td:first-child { width: 16rem; font-size: 0.85rem; overflow-wrap: anywhere; }
-table.answers td:not(:first-child) { min-width: 14rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+table.answers th:first-child { width: 15rem; }
+table.answers td { overflow-wrap: anywhere; } table.answers td:first-child { font-size: 0.85rem; }
+table.answers td:not(:first-child) { white-space: pre-wrap; }
 td.right { box-shadow: inset 4px 0 #1a7f37; } td.wrong { box-shadow: inset 4px 0 #cf222e; }
 mark { background: #1a7f3740; color: inherit; border-radius: 3px; }
 """

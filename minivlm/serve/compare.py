@@ -17,7 +17,6 @@ from minivlm.config.experiment import StageConfig
 from minivlm.evaluation.comparison import Comparison, draw_comparison, render_html, speed
 from minivlm.evaluation.report import percent
 from minivlm.io import atomic_file, write_atomic, write_json
-from minivlm.processors.image import open_image
 from minivlm.registry import suggest
 from minivlm.serve.flags import apply_flags
 from minivlm.serve.generate import PROMPT
@@ -53,9 +52,8 @@ def main(argv: Sequence[str]) -> int:
     output = Path(arguments.output)
     answers = AnswerFile(output / "answers.jsonl", records, FACTS)
     if kept := len(records) - len(answers.todo):
-        print(
-            f"note: {kept} of {len(records)} answers are kept from an earlier run; delete {answers.path} to ask again"
-        )
+        note = f"{kept} of {len(records)} answers are kept from an earlier run; delete {answers.path} to ask again"
+        print(f"note: {note}", file=sys.stderr)
     if answers.todo:
         _ask_all(answers, stages, names, folder, arguments)
     answers.finish()
@@ -135,6 +133,8 @@ def _ask_all(
 
 
 def _leave_out_unreadable(answers: AnswerFile, folder: Path) -> None:
+    from minivlm.processors.image import open_image
+
     reasons: dict[str, str] = {}
     for number in answers.todo:
         name = answers.records[number]["image"]

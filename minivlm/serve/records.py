@@ -81,9 +81,9 @@ def to_sample(name: str, record: Record, images: Path, with_images: Any) -> Samp
 class AnswerFile:
     """The output. Lines are written as they come; :meth:`finish` puts them into the order of the records.
 
-    What an earlier run has answered is kept, what failed is to be done again, and a last line that was cut off is
-    dropped. Raises :class:`DatasetError` if the file holds something else than answers to these records. ``facts``
-    are keys of what a line may say of its answer.
+    What an earlier run has answered is kept, what failed is to be done again if it is still there, and a last line
+    that was cut off is dropped. Raises :class:`DatasetError` if the file holds something else than answers to these
+    records. ``facts`` are keys of what a line may say of its answer.
     """
 
     def __init__(self, path: Path, records: list[Record], facts: tuple[str, ...] = ()):
@@ -130,6 +130,10 @@ class AnswerFile:
         if list(self._lines) != sorted(self._lines):
             write_atomic(self.path, "".join(self._lines[number] for number in sorted(self._lines)))
 
+    def _failed_before(self, line: Record) -> bool:
+        """Whether a line tells of a failure with a record that is no longer there, as a broken picture."""
+        return "error" in line and line.keys() - self._added == self.records[0].keys()
+
     def _read(self) -> None:
         numbers = defaultdict(list)
         for number, record in reversed(list(enumerate(self.records))):
@@ -142,6 +146,8 @@ class AnswerFile:
                 found = json.loads(line)
                 number = numbers[_key({key: found[key] for key in found if key not in self._added})].pop()
             except (ValueError, TypeError, IndexError) as error:
+                if isinstance(error, IndexError) and self._failed_before(found):
+                    continue
                 raise DatasetError(
                     f"--output: {self.path} holds what is no answer to these records: {line.strip()[:200]}\n"
                     "name another file, or delete it if it was made with another input or prompt"
