@@ -36,10 +36,10 @@ def table_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     if len(types) > 1:
         for kind, part in types.items():
-            cells = [_percent(results[name]["by_type"].get(kind, {}).get("accuracy")) for name in columns]
+            cells = [percent(results[name]["by_type"].get(kind, {}).get("accuracy")) for name in columns]
             rows.append([kind, f"{part['count']:,}", *cells])
-        rows.append(["mean of the types", "", *(_percent(results[name]["balanced"]) for name in columns)])
-    cells = [_percent(results[name]["accuracy"]) for name in columns]
+        rows.append(["mean of the types", "", *(percent(results[name]["balanced"]) for name in columns)])
+    cells = [percent(results[name]["accuracy"]) for name in columns]
     return heading, [*rows, ["all", f"{results['model']['count']:,}", *cells]]
 
 
@@ -48,7 +48,7 @@ def remarks(results: dict[str, Any]) -> list[str]:
     found = [note for name, note in NOTES.items() if name in results]
     shuffled = results.get("shuffled")
     if shuffled and shuffled["count"] < results["model"]["count"]:
-        same = _percent(shuffled["model_on_same_samples"]["accuracy"])
+        same = percent(shuffled["model_on_same_samples"]["accuracy"])
         found.append(
             f"The shuffled pictures were tried on {shuffled['count']:,} samples, spread evenly; with the "
             f"right pictures the model scores {same} on these."
@@ -150,27 +150,24 @@ def _draw_cell(axis: Any, record: Prediction, sample: Sample) -> None:
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(color=colour, linewidth=4)
-    picture = _open_picture(sample)
+    picture = thumbnail(sample.images[0]) if sample.images else None
     if picture is None:
         axis.text(0.5, 0.5, "no picture", ha="center", va="center", color="#777777", transform=axis.transAxes)
         axis.set_box_aspect(1)
     else:
         axis.imshow(picture, interpolation="nearest" if max(picture.size) < 200 else "antialiased")
     # Text of data is not TeX: a dollar sign must stay one.
-    axis.set_title(_wrap(record.question, 34, 3), fontsize=9.5, color="#222222", parse_math=False)
-    answer = _wrap(f"{'✓' if record.is_right else '✗'} {record.prediction or '(no answer)'}", 30, 2)
+    axis.set_title(wrap(record.question, 34, 3), fontsize=9.5, color="#222222", parse_math=False)
+    answer = wrap(f"{'✓' if record.is_right else '✗'} {record.prediction or '(no answer)'}", 30, 2)
     if not record.is_right:
-        answer += "\n" + _wrap(f"expected: {' / '.join(record.answers)}", 30, 2)
+        answer += "\n" + wrap(f"expected: {' / '.join(record.answers)}", 30, 2)
     axis.set_xlabel(answer, fontsize=9.5, color=colour, fontweight="bold", parse_math=False)
 
 
-def _open_picture(sample: Sample) -> Any:
-    """The first picture as RGB on white, at most 512 pixels wide; None if there is none to be read."""
+def thumbnail(source: Any, side: int = 512) -> Any:
+    """A picture as RGB on white, at most ``side`` pixels wide; None if it cannot be read."""
     from PIL import Image
 
-    if not sample.images:
-        return None
-    source = sample.images[0]
     try:
         if isinstance(source, Image.Image):
             picture = source.convert("RGBA")
@@ -179,7 +176,7 @@ def _open_picture(sample: Sample) -> Any:
                 picture = file.convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    picture.thumbnail((512, 512))
+    picture.thumbnail((side, side))
     ground = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(ground, picture).convert("RGB")
 
@@ -196,9 +193,9 @@ def render_html(results: dict[str, Any], *, title: str, grid: bytes, curve: byte
     settings = ", ".join(f"{key} {value}" for key, value in results.get("settings", {}).items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{name}</title><style>{_CSS}</style></head><body><main>
+<title>{name}</title><style>{CSS}</style></head><body><main>
 <h1>{name}</h1>
-<p class="lead"><strong>{_percent(score["accuracy"])}</strong> of {score["count"]:,} questions right
+<p class="lead"><strong>{percent(score["accuracy"])}</strong> of {score["count"]:,} questions right
 <span class="soft">(metric {html.escape(results["metric"])}; {html.escape(settings)})</span></p>
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 <ul class="soft">{notes}</ul>
@@ -220,16 +217,17 @@ def _inline(png: bytes, alt: str) -> str:
     return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}">'
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share for people; a dash for none."""
     return "–" if value is None else f"{100 * value:.1f} %"
 
 
-def _wrap(text: str, width: int, lines: int) -> str:
+def wrap(text: str, width: int, lines: int) -> str:
     """Text in at most so many lines, in the end with dots for what is left out."""
     return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …")) or text.strip()
 
 
-_CSS = """
+CSS = """
 :root { color-scheme: light dark;
   --ground: #fff; --text: #1f2328; --soft: #59636e; --line: #d1d9e0; --mark: #f6f8fa; }
 @media (prefers-color-scheme: dark) {

@@ -94,6 +94,7 @@ class Chat:
             "length_penalty": length_penalty,
             "min_new_tokens": min_new_tokens,
         }
+        self.num_tokens = 0
         self._lock = lock or threading.Lock()
         self._state = _State()
         self._before = _State()
@@ -219,6 +220,7 @@ class Chat:
                 ids = self.model.generate(turn.batch.to(self.model.device), visual=turn.visual, **options)
         finally:
             self._lock.release()
+        self.num_tokens = ids.shape[1]
         return self.processor.decode(ids)[0]
 
     def _encode(self, turn: _Turn) -> torch.Tensor | None:

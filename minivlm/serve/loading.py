@@ -12,7 +12,7 @@ from minivlm.config.experiment import DemoConfig, ModelConfig, StageConfig
 from minivlm.paths import is_placeholder, is_weight_file
 from minivlm.serve.flags import ServeError, add_flags, apply_flags, use_template
 
-__all__ = ["ServeError", "add_arguments", "decoding", "load_model", "parse", "read_stage", "stage_of"]
+__all__ = ["ServeError", "add_arguments", "add_loading", "decoding", "load_model", "parse", "read_stage", "stage_of"]
 
 if TYPE_CHECKING:
     from minivlm.models.vlm import VisionLanguageModel
@@ -35,10 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, and on which device."""
     parser.add_argument("config", nargs="?", help="experiment file, or a folder that minivlm wrote")
     parser.add_argument("--cfg-path", "--model-path", metavar="CONFIG", help="the same")
+    parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the file")
+    add_loading(parser)
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """On which device, and what the flags say."""
     device = parser.add_mutually_exclusive_group()
     device.add_argument("--gpu-id", type=int, metavar="N", help="use CUDA device N")
     device.add_argument("--device", help="auto (default), cpu, cuda, cuda:1, mps")
-    parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="override keys of the file")
     add_flags(parser)
 
 

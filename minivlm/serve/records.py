@@ -81,13 +81,15 @@ def to_sample(name: str, record: Record, images: Path, with_images: Any) -> Samp
 class AnswerFile:
     """The output. Lines are written as they come; :meth:`finish` puts them into the order of the records.
 
-    What an earlier run has answered is kept, what failed is to be done again, and a last line that was cut off is
-    dropped. Raises :class:`DatasetError` if the file holds something else than answers to these records.
+    What an earlier run has answered is kept, what failed is to be done again if it is still there, and a last line
+    that was cut off is dropped. Raises :class:`DatasetError` if the file holds something else than answers to these
+    records. ``facts`` are keys of what a line may say of its answer.
     """
 
-    def __init__(self, path: Path, records: list[Record]):
+    def __init__(self, path: Path, records: list[Record], facts: tuple[str, ...] = ()):
         self.path = path
         self.records = records
+        self._added = (*RESULTS, *facts)
         self.failed: dict[int, str] = {}
         self._lines: dict[int, str] = {}
         self._file: IO[str] | None = None
@@ -98,6 +100,10 @@ class AnswerFile:
     def todo(self) -> list[int]:
         """Numbers of the records that have no answer yet."""
         return [number for number in range(len(self.records)) if number not in self._lines]
+
+    def lines(self) -> list[Record | None]:
+        """The line of every record, None where there is none."""
+        return [json.loads(self._lines[n]) if n in self._lines else None for n in range(len(self.records))]
 
     def __enter__(self) -> AnswerFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,12 +116,12 @@ class AnswerFile:
         assert self._file is not None
         self._file.close()
 
-    def add(self, number: int, key: str, text: str) -> None:
+    def add(self, number: int, key: str, text: str, **facts: Any) -> None:
         """Write the line of a record with its ``answer`` or ``error``; it survives a kill."""
         assert self._file is not None
         if key == "error":
             self.failed[number] = text
-        self._lines[number] = json.dumps({**self.records[number], key: text}, ensure_ascii=False) + "\n"
+        self._lines[number] = json.dumps({**self.records[number], key: text, **facts}, ensure_ascii=False) + "\n"
         self._file.write(self._lines[number])
         self._file.flush()
 
@@ -123,6 +129,10 @@ class AnswerFile:
         """Put the lines into the order of the records."""
         if list(self._lines) != sorted(self._lines):
             write_atomic(self.path, "".join(self._lines[number] for number in sorted(self._lines)))
+
+    def _failed_before(self, line: Record) -> bool:
+        """Whether a line tells of a failure with a record that is no longer there, as a broken picture."""
+        return "error" in line and line.keys() - self._added == self.records[0].keys()
 
     def _read(self) -> None:
         numbers = defaultdict(list)
@@ -134,8 +144,10 @@ class AnswerFile:
         for line in lines:
             try:
                 found = json.loads(line)
-                number = numbers[_key({key: found[key] for key in found if key not in RESULTS})].pop()
+                number = numbers[_key({key: found[key] for key in found if key not in self._added})].pop()
             except (ValueError, TypeError, IndexError) as error:
+                if isinstance(error, IndexError) and self._failed_before(found):
+                    continue
                 raise DatasetError(
                     f"--output: {self.path} holds what is no answer to these records: {line.strip()[:200]}\n"
                     "name another file, or delete it if it was made with another input or prompt"

@@ -1,0 +1,205 @@
+"""Several models, one question, the same pictures: answers side by side, and how many name what is to be seen.
+
+matplotlib and PIL are imported when a picture is drawn.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minivlm.evaluation.report import CSS, RIGHT, WRONG, percent, thumbnail, wrap
+
+PICTURE_SIDE = 256
+MOST_ROWS = 12
+"""Pictures in the PNG, spread evenly over the folder; the page has all."""
+_CJK_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "Microsoft YaHei", "SimHei")
+_WIDE = "\u2e80"
+"""First of the signs that are written without blanks and take the room of two letters."""
+
+
+@dataclass
+class Comparison:
+    """What was asked and answered.
+
+    ``answers`` holds for every model a line for every picture: ``{answer, tokens, seconds}`` or ``{error}``.
+    ``keywords`` names for a picture the words of which one must stand in a right answer.
+    """
+
+    question: str
+    folder: Path
+    pictures: list[str]
+    models: list[str]
+    answers: Sequence[Sequence[Mapping[str, Any]]]
+    keywords: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def verdict(self, model: int, picture: int) -> bool | None:
+        """Whether the answer holds a word of the picture; None without words or answer."""
+        words, answer = self.keywords.get(self.pictures[picture]), self.answers[model][picture].get("answer")
+        return None if not words or answer is None else bool(re.search(pattern(words), answer))
+
+    def scores(self) -> list[dict[str, Any]]:
+        """For every model: pictures answered and failed, ``hits`` of those ``scored``, tokens per second."""
+        found = []
+        for model, name in enumerate(self.models):
+            lines = [line for line in self.answers[model] if "answer" in line]
+            verdicts = [v for n in range(len(self.pictures)) if (v := self.verdict(model, n)) is not None]
+            seconds = sum(line["seconds"] for line in lines)
+            score = {"model": name, "answered": len(lines), "failed": len(self.pictures) - len(lines)}
+            score |= {"scored": len(verdicts), "hits": sum(verdicts)}
+            score["share"] = sum(verdicts) / len(verdicts) if verdicts else None
+            score["tokens_per_second"] = sum(line["tokens"] for line in lines) / seconds if seconds else None
+            found.append(score)
+        return found
+
+
+def pattern(words: Sequence[str]) -> str:
+    """Finds any of the words, in any case: as whole words, or anywhere in scripts without blanks between words."""
+    letter = rf"[^\W{_WIDE}-\U0010ffff]"
+    ends = [rf"(?<!{letter}){re.escape(word)}(?!{letter})" if max(word) < _WIDE else re.escape(word) for word in words]
+    return f"(?i:{'|'.join(ends)})"
+
+
+def render_html(found: Comparison, title: str) -> str:
+    """One self-contained page; every text is escaped, no request leaves it."""
+    heading = "".join(f"<th>{html.escape(name)}</th>" for name in found.models)
+    scores = "".join(f"<tr>{_score_cells(score)}</tr>" for score in found.scores())
+    rows = "".join(_html_row(found, number) for number in range(len(found.pictures)))
+    name, question = html.escape(title), html.escape(found.question)
+    columns = "".join(f"<th>{text}</th>" for text in ("model", "right subject", "answers", "failed", "tokens/s"))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{name}</title><style>{CSS}{_OWN_CSS}</style></head><body><main>
+<h1>{name}</h1>
+<p class="lead">{question}</p>
+<table class="scores"><thead><tr>{columns}</tr></thead><tbody>{scores}</tbody></table>
+<p class="soft">Right subject: of the pictures with keywords, those whose answer holds one of them.</p>
+<div class="wide"><table class="answers" style="min-width: {16 + 14 * len(found.models)}rem"><thead><tr><th>picture</th>{heading}</tr></thead>
+<tbody>{rows}</tbody></table></div>
+</main></body></html>
+"""
+
+
+def _score_cells(score: Mapping[str, Any]) -> str:
+    right = f"{score['hits']} of {score['scored']} ({percent(score['share'])})" if score["scored"] else "–"
+    cells = (score["model"], right, score["answered"], score["failed"], speed(score["tokens_per_second"]))
+    return "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
+
+
+def _html_row(found: Comparison, number: int) -> str:
+    name = html.escape(found.pictures[number])
+    cells = "".join(_html_cell(found, model, number) for model in range(len(found.models)))
+    return f"<tr><td>{_html_picture(found.folder / found.pictures[number], name)}<br>{name}</td>{cells}</tr>\n"
+
+
+def _html_picture(path: Path, alt: str) -> str:
+    picture = thumbnail(path, PICTURE_SIDE)
+    if picture is None:
+        return '<span class="soft">no picture</span>'
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=90)
+    return f'<img alt="{alt}" src="data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode("ascii")}">'
+
+
+def _html_cell(found: Comparison, model: int, number: int) -> str:
+    line, verdict = found.answers[model][number], found.verdict(model, number)
+    if "answer" not in line:
+        return f'<td class="soft">{html.escape(line.get("error", ""))}</td>'
+    text = html.escape(line["answer"]) or '<span class="soft">(no answer)</span>'
+    if verdict:
+        pieces = re.split(f"({pattern(found.keywords[found.pictures[number]])})", line["answer"])
+        text = "".join(f"<mark>{html.escape(p)}</mark>" if n % 2 else html.escape(p) for n, p in enumerate(pieces))
+    kind = {True: "right", False: "wrong", None: ""}[verdict]
+    sign = {True: "✓ ", False: "✗ ", None: ""}[verdict]
+    return f'<td class="{kind}">{sign}{text}</td>'
+
+
+def speed(value: float | None) -> str:
+    """Tokens per second for people."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def draw_comparison(found: Comparison, path: Path) -> bool:
+    """Draw pictures and answers as a PNG; False if no font here has the signs of the answers."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count = min(len(found.pictures), MOST_ROWS)
+    chosen = [number * len(found.pictures) // count for number in range(count)]
+    width, height = 2.2 + 3.2 * len(found.models), 0.9 + 2.1 * count  # inches
+    figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    ratios = [2.0, *[3.2] * len(found.models)]
+    grid = figure.subplots(count, len(ratios), squeeze=False, width_ratios=ratios)
+    for place, number in enumerate(chosen):
+        _draw_row(grid[place], found, number)
+    font = _font()
+    for axis, score in zip(grid[0][1:], found.scores(), strict=True):
+        right = f": {score['hits']} of {score['scored']}" if score["scored"] else ""
+        axis.set_title(wrap(score["model"] + right, 42, 2), fontsize=10, parse_math=False, fontfamily=font)
+    rest = f" ({count} of {len(found.pictures)} pictures)" if count < len(found.pictures) else ""
+    question = wrap(found.question + rest, int(width * 9), 2)
+    figure.suptitle(question, y=1 - 0.12 / height, fontsize=11, va="top", parse_math=False, fontfamily=font)
+    figure.subplots_adjust(0.02, 0.25 / height, 0.98, 1 - 0.75 / height, wspace=0.06, hspace=0.2)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        figure.savefig(path, format="png")
+    return not any("Glyph" in str(each.message) for each in said)
+
+
+def _draw_row(axes: Sequence[Any], found: Comparison, number: int) -> None:
+    picture = thumbnail(found.folder / found.pictures[number], PICTURE_SIDE)
+    for axis in axes:
+        axis.set(xticks=[], yticks=[])
+    if picture is None:
+        axes[0].text(0.5, 0.5, "no picture", ha="center", va="center", color="#777777")
+    else:
+        axes[0].imshow(picture, interpolation="nearest" if max(picture.size) < 200 else "antialiased")
+    font = _font()
+    axes[0].set_xlabel(wrap(found.pictures[number], 28, 1), fontsize=8, parse_math=False, fontfamily=font)
+    for spine in axes[0].spines.values():
+        spine.set_visible(False)
+    for model, axis in enumerate(axes[1:]):
+        line, verdict = found.answers[model][number], found.verdict(model, number)
+        colour = {True: RIGHT, False: WRONG, None: "#59636e"}[verdict]
+        for spine in axis.spines.values():
+            spine.set(color=colour, linewidth=2 if verdict is not None else 0.8)
+        sign = {True: "✓ ", False: "✗ ", None: ""}[verdict]
+        text = sign + (line.get("answer", line.get("error")) or "(no answer)")
+        text = wrap(re.sub(r"[\x00-\x1f\x7f]", " ", text), 22 if _is_wide(text) else 44, 10)
+        place = {"x": 0.03, "y": 0.95, "va": "top", "fontsize": 8.5, "color": "#222222", "clip_on": True}
+        axis.text(s=text, transform=axis.transAxes, parse_math=False, fontfamily=font, **place)
+
+
+def _is_wide(text: str) -> bool:
+    return sum(sign >= _WIDE for sign in text) > len(text) / 4
+
+
+def _font() -> list[str]:
+    """The families to look for a sign in, of those that are here."""
+    from matplotlib import font_manager
+
+    names = set(font_manager.get_font_names())
+    return ["DejaVu Sans", *(name for name in _CJK_FONTS if name in names)]
+
+
+_OWN_CSS = """
+main { max-width: 90rem; } .wide { overflow-x: auto; }
+table.scores { width: auto; } table.scores td:nth-child(3) { font-weight: normal; }
+table.scores td:nth-child(2) { font-weight: 600; }
+table.answers { margin-top: 1rem; table-layout: fixed; }
+table.answers td, table.answers th { text-align: left; vertical-align: top; font-weight: normal; }
+table.answers th { font-weight: 600; }
+table.answers th:first-child { width: 15rem; }
+table.answers td { overflow-wrap: anywhere; } table.answers td:first-child { font-size: 0.85rem; }
+table.answers td:not(:first-child) { white-space: pre-wrap; }
+td.right { box-shadow: inset 4px 0 #1a7f37; } td.wrong { box-shadow: inset 4px 0 #cf222e; }
+mark { background: #1a7f3740; color: inherit; border-radius: 3px; }
+"""

@@ -1,0 +1,179 @@
+"""``minivlm compare``: models side by side over a folder of pictures; scores, a page, a run that goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_model, write_yaml
+from PIL import Image
+
+from minivlm import cli
+from minivlm.api import assemble
+from minivlm.config import load_config
+from minivlm.evaluation.comparison import MOST_ROWS, Comparison, draw_comparison, pattern, render_html
+from minivlm.serve import compare
+from minivlm.serve.chat import Chat
+from minivlm.serve.flags import ServeError
+
+QUESTION = "what is it?"
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two models and three pictures; one of them is broken."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for name, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / "pictures" / f"{name}.png")
+    (tmp_path / "pictures" / "broken.png").write_text("no picture")
+    model = tiny_model()
+    model["language_model"]["config"]["initializer_range"] = 0.3
+    for seed, name in enumerate(("a", "b")):
+        config = {"model": model, "run": {"seed": seed}, "demo": {"max_new_tokens": 6, "temperature": 1.0}}
+        write_yaml(tmp_path / f"{name}.yaml", config)
+    monkeypatch.setattr("minivlm.serve.compare.load_model", seeded)
+    return tmp_path
+
+
+def seeded(stage: Any, arguments: Any) -> Any:
+    """A model from scratch whose weights depend on ``run.seed``, as those of a checkpoint on its folder."""
+    torch.manual_seed(stage.run.seed)
+    model, processor, _ = assemble(stage.model)
+    return model.eval(), processor
+
+
+def run(*arguments: str) -> int:
+    fixed = ["--images", "pictures", "--question", QUESTION, "--output", "out", "--device", "cpu"]
+    return cli.main(["compare", *arguments, *fixed])
+
+
+def lines() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("out/answers.jsonl").read_text().splitlines()]
+
+
+def test_answers_are_those_of_a_conversation(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("a.yaml", "b.yaml") == 1  # a picture is broken
+    said = capsys.readouterr()
+    assert [(line["model"], line["image"]) for line in lines()] == [
+        (model, f"{name}.png") for model in ("a.yaml", "b.yaml") for name in ("blue", "broken", "red")
+    ]
+    for name in ("a", "b"):
+        stage = load_config(f"{name}.yaml").stages[-1]
+        model, processor = seeded(stage, None)
+        for line in (line for line in lines() if line["model"] == f"{name}.yaml" and "answer" in line):
+            chat = Chat(model, processor, max_new_tokens=6)  # greedy, whatever section demo says
+            assert line["answer"] == chat.ask(QUESTION, [f"pictures/{line['image']}"])
+            assert line["tokens"] == chat.num_tokens <= 6 and line["seconds"] > 0
+            assert f"[Image]: {line['image']}\n[Q]: {QUESTION}\n[A]: {line['answer']}\n({line['tokens']} t" in said.out
+    assert len({line.get("answer") for line in lines()}) > 3
+    assert "1 of 3 pictures could not be used:\n  broken.png: cannot read" in said.err
+    assert {path.name for path in Path("out").iterdir()} == {
+        "answers.jsonl",
+        "report.html",
+        "report.png",
+        "results.json",
+    }
+
+
+def test_a_second_run_goes_on(work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[int] = []
+
+    def load(stage: Any, arguments: Any) -> Any:
+        loaded.append(stage.run.seed)
+        if stage.run.seed == 1 and len(loaded) == 2:
+            raise KeyboardInterrupt
+        return seeded(stage, arguments)
+
+    monkeypatch.setattr("minivlm.serve.compare.load_model", load)
+    assert run("a.yaml", "b.yaml") == 130
+    assert "2 answers are left" in capsys.readouterr().err
+    kept = [line for line in lines() if "answer" in line]
+    assert {line["model"] for line in kept} == {"a.yaml"}
+
+    Path("pictures/broken.png").unlink()
+    assert run("a.yaml", "b.yaml") == 0
+    assert loaded == [0, 1, 1] and [line for line in lines() if line["model"] == "a.yaml"] == kept
+    assert "2 of 4 answers are kept" in capsys.readouterr().err
+    assert run("b.yaml", "a.yaml") == 0 and loaded == [0, 1, 1]  # another order of the columns
+    assert run("a.yaml", "b.yaml", "--max-new-tokens", "3") == 2  # other answers would be mixed with these
+    assert "holds what is no answer" in capsys.readouterr().err
+
+
+def test_keywords_are_scored_without_asking_again(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("a.yaml", "b.yaml")
+    answers = {(line["model"], line["image"]): line.get("answer") for line in lines()}
+    keywords = {"red": answers["a.yaml", "red.png"], "blue.png": ["no such word"], "broken": "x"}
+    Path("words.json").write_text(json.dumps(keywords))
+    capsys.readouterr()
+    assert run("a.yaml", "b.yaml", "--keywords", "words.json") == 1
+    assert "a.yaml: 1 of 2 right (50.0 %), 2 answers" in capsys.readouterr().out
+    scores = json.loads(Path("out/results.json").read_text())["models"]
+    assert [(score["hits"], score["scored"], score["failed"]) for score in scores] == [(1, 2, 1), (0, 2, 1)]
+    page = Path("out/report.html").read_text()
+    assert page.count('<td class="right">') == 1 and page.count('<td class="wrong">') == 3 and page.count("<mark>") == 1
+    assert page.count('src="data:image/jpeg') == 2 and "http" not in page
+    with Image.open("out/report.png") as picture:
+        assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "right"),
+    [
+        (["cat"], "A Cat.", True),
+        (["cat"], "the location", False),
+        (["dog", "grey cat"], "one grey cat", True),
+        (["狗"], "一只狗在", True),
+        (["狗"], "一只猫", False),
+        (["bear"], "一只bear在", True),
+        (["c++"], "it is C++!", True),
+        (["a.b"], "axb", False),
+    ],
+)
+def test_words(words: list[str], answer: str, right: bool) -> None:
+    found = Comparison(
+        "?", Path(), ["x.png"], ["m"], [[{"answer": answer, "tokens": 1, "seconds": 1}]], {"x.png": words}
+    )
+    assert found.verdict(0, 0) is right and pattern(words)
+
+
+def test_the_page_escapes_and_the_picture_stays_small(tmp_path: Path) -> None:
+    names = [f"<b>{number}" for number in range(3 * MOST_ROWS)]
+    line = {"answer": "<i>$x_1$</i> \x0b" + "long " * 200, "tokens": 1, "seconds": 0.5}
+    found = Comparison("<u>?", tmp_path, names, ["<s>m"], [[line] * len(names)], {names[0]: ["x_1"]})
+    page = render_html(found, "<title>")
+    assert (
+        not any(tag in page for tag in ("<b>", "<i>", "<u>", "<s>", "<title><"))
+        and "&lt;i&gt;$<mark>x_1</mark>$" in page
+    )
+    assert found.scores()[0]["tokens_per_second"] == 2
+    assert draw_comparison(found, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.height < 230 * (MOST_ROWS + 1)
+
+
+def test_columns_are_named_by_what_differs(tmp_path: Path) -> None:
+    assert compare.labels(["runs/one/sft", "runs/two/sft"]) == ["one/sft", "two/sft"]
+    assert compare.labels(["runs/one/sft", "runs/one/pretrain"]) == ["sft", "pretrain"]
+    assert compare.labels(["runs/sft/"]) == ["sft"]
+    with pytest.raises(ServeError, match="named twice"):
+        compare.labels(["runs/sft", "runs/./sft/"])
+
+
+def test_wrong_arguments(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = {
+        "{": "cannot be read",
+        "[]": "must hold",
+        '{"rid": "x"}': "'rid', which is no picture here",
+        '{"red": []}': "needs",
+    }
+    for content, said in bad.items():
+        Path("words.json").write_text(content)
+        assert run("a.yaml", "--keywords", "words.json") == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["compare", "a.yaml", "--images", "absent", "--output", "out"]) == 2
+    assert run("absent") == 2
+    assert not Path("out").exists()
