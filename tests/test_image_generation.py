@@ -205,7 +205,7 @@ def test_a_picture_that_cannot_be_written_is_told(generator: ImageGenerator, tmp
         input=lambda prompt: next(given),
         output=output,
     )
-    assert f"{SHOWN}\n(drawing the picture)\n(the picture cannot be written: " in output.getvalue()
+    assert f"{SHOWN}\n(drawing the picture)\n(the picture cannot be written to " in output.getvalue()
     assert output.getvalue().endswith("bye\n")
 
 
@@ -332,6 +332,8 @@ def test_the_page_shows_the_picture_in_the_conversation(
 
 def test_names_of_pictures(tmp_path: Path) -> None:
     names = [save_picture(RED, tmp_path / "a.b.webp").name for _ in range(3)]
+    with pytest.raises(OSError, match=r"the picture cannot be written to .*a\.b\.webp/x\.png: "):
+        save_picture(RED, tmp_path / "a.b.webp" / "x.png")
     assert names == ["a.b.webp", "a.b_2.webp", "a.b_3.webp"]
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
 

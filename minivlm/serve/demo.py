@@ -28,9 +28,9 @@ BAD_INPUT = 2
 """Exit code for what the user can put right."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "demo.py") -> int:
     """Run the demo; returns the exit code. Nothing heavy is imported before the arguments are checked."""
-    arguments = parse(_parser(), argv)
+    arguments = parse(_parser(prog), argv)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         return _run(arguments)
@@ -53,8 +53,8 @@ def _terminate(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="demo.py", description="Talk to a model about pictures.")
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Talk to a model about pictures.")
     add_arguments(parser)
     parser.add_argument("--ocr", action="store_true", help="add the text in the pictures to every question (demo.ocr)")
     parser.add_argument("--gen", action="store_true", help="draw the pictures that answers ask for (demo.generation)")

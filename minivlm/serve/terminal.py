@@ -161,7 +161,7 @@ class _Terminal:
             file = save_picture(picture, self.target)
             self.say(f"\npicture: {file} ({picture.width} x {picture.height})", end="")
         except OSError as error:
-            self.say(f"\n(the picture cannot be written: {error})", end="")
+            self.say(f"\n({error})", end="")
 
 
 def _paths(text: str) -> list[Path]:
