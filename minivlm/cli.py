@@ -186,18 +186,18 @@ def _python() -> str:
 
 def chat(argv: list[str]) -> int:
     """``minivlm chat FOLDER_OR_YAML``."""
-    return _talk(["--cli"], argv)
+    return _talk("chat", ["--cli"], argv)
 
 
 def demo(argv: list[str]) -> int:
     """``minivlm demo FOLDER_OR_YAML``."""
-    return _talk([], argv)
+    return _talk("demo", [], argv)
 
 
-def _talk(flags: list[str], argv: list[str]) -> int:
+def _talk(command: str, flags: list[str], argv: list[str]) -> int:
     from minivlm.serve.demo import main as demo_main
 
-    return demo_main([*argv, *flags])
+    return demo_main([*argv, *flags], f"minivlm {command}")
 
 
 def generate(argv: list[str]) -> int:

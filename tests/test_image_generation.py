@@ -383,6 +383,8 @@ def test_the_page_goes_on_without_a_picture(generator: ImageGenerator, monkeypat
 
 def test_names_of_pictures(tmp_path: Path) -> None:
     names = [save_picture(RED, tmp_path / "a.b.webp").name for _ in range(3)]
+    with pytest.raises(OSError, match=r"the picture cannot be written to .*a\.b\.webp/x\.png: "):
+        save_picture(RED, tmp_path / "a.b.webp" / "x.png")
     assert names == ["a.b.webp", "a.b_2.webp", "a.b_3.webp"]
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
 

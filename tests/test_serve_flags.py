@@ -158,6 +158,7 @@ def test_bad_flags_are_told_before_the_model_is_loaded(
     for arguments in (["--load-4bit", "--load-8bit"], ["--device-map", "3"], ["--max-new-tokens", "0"]):
         with pytest.raises(SystemExit):
             chat(published, *arguments)
+        assert "minivlm chat: error: " in capsys.readouterr().err
 
 
 # --- templates ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from minivlm.serve.chat import Chat
 
 _BROKEN_OFF = "no picture: broken off"
-_CUT = "no picture: the answer ended within its prompt; raise demo.max_new_tokens"
+_CUT = "no picture: the answer ended within its prompt; raise demo.max_new_tokens (--max-new-tokens)"
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ BAD_INPUT = 2
 """Exit code for what the user can put right."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "demo.py") -> int:
     """Run the demo; returns the exit code. Nothing heavy is imported before the arguments are checked."""
-    arguments = parse(_parser(), argv)
+    arguments = parse(_parser(prog), argv)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         return _run(arguments)
@@ -53,8 +53,8 @@ def _terminate(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="demo.py", description="Talk to a model about pictures.")
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description="Talk to a model about pictures.")
     add_arguments(parser)
     parser.add_argument("--ocr", action="store_true", help="add the text in the pictures to every question (demo.ocr)")
     parser.add_argument("--gen", action="store_true", help="draw the pictures that answers ask for (demo.generation)")
@@ -96,9 +96,10 @@ def _with_flags(demo: DemoConfig, arguments: argparse.Namespace) -> DemoConfig:
         demo = replace(demo, **{key: value for key, value in flags.items() if value})
     except ValueError as error:
         raise ServeError(f"--output-file: {error}") from error
-    if arguments.output_file and not (demo.generation and arguments.cli):
+    in_terminal = arguments.cli or arguments.query is not None
+    if arguments.output_file and not (demo.generation and in_terminal):
         raise ServeError(
-            "--output-file names the picture that is drawn in the terminal: add --gen, and --cli to demo.py"
+            "--output-file names the picture that is drawn in the terminal: add --gen, and to demo.py --cli or --query"
         )
     return demo
 

@@ -170,8 +170,11 @@ def save_picture(picture: Image, wanted: Path) -> Path:
     while target.exists():
         number += 1
         target = wanted.with_stem(f"{wanted.stem}_{number}")
-    with atomic_file(target) as unfinished:
-        picture.save(unfinished, format=Image.registered_extensions()[target.suffix.lower()])
+    try:
+        with atomic_file(target) as unfinished:
+            picture.save(unfinished, format=Image.registered_extensions()[target.suffix.lower()])
+    except OSError as error:
+        raise OSError(f"the picture cannot be written to {target}: {error.strerror or error}") from error
     return target
 
 

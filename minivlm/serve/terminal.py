@@ -162,7 +162,7 @@ class _Terminal:
         try:
             self.say(f"\npicture: {save_picture(picture, self.target)} {where}", end="")
         except OSError as error:
-            self.say(f"\n(the picture cannot be written to {self.target}: {error.strerror or error})", end="")
+            self.say(f"\n({error})", end="")
             try:
                 file = save_picture(picture, Path(tempfile.gettempdir()) / self.target.name)
                 self.say(f"\npicture: {file} {where}", end="")
