@@ -180,6 +180,18 @@ def test_the_file_holds_what_no_base_provides(bases: Path, tmp_path: Path) -> No
     assert read_manifest(tmp_path / "c").complete == ["vision_encoder", "connector", "language_model"]
 
 
+def test_adapters_keep_what_an_earlier_stage_trained(bases: Path, tmp_path: Path) -> None:
+    """Layers with adapters have other names in memory than in a file."""
+    saved(case("partly trained base", bases), tmp_path / "first")
+    base = section(language_model={"path": str(bases / "llama"), "config": None, "lora": {"r": 2}})
+    model, processor, config = built(base | {"checkpoint": str(tmp_path / "first")})
+    train_a_little(model, processor)
+    trained = trained_names(model, model.trained_before)
+    save_model(tmp_path / "second", model, config, processor, Manifest(trained=trained))
+    again, other, _ = built({"checkpoint": str(tmp_path / "second")}, seed=1)
+    assert torch.equal(logits(again, other), logits(model, processor))
+
+
 @pytest.mark.parametrize("name", ["trained bases", "tied base"])
 def test_a_complete_model_does_not_need_its_bases(name: str, bases: Path, tmp_path: Path) -> None:
     import shutil
