@@ -188,7 +188,7 @@ def test_shared_pictures_train_as_repeated_ones(freeze: bool, monkeypatch: pytes
 
 def test_pictures_that_are_encoded_at_random_are_encoded_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in the original's training, whose frozen encoder drops paths."""
-    model, processor = trainable(True, drop_path_rate=0.5, drop_path_when_frozen=True)
+    model, processor = trainable(True, drop_path_rate=0.9, drop_path_when_frozen=True)
     for name, parameter in model.vision_encoder.named_parameters():
         if name.endswith("gamma"):  # the scale of a block, at first almost nothing
             parameter.data.fill_(1)
@@ -198,7 +198,8 @@ def test_pictures_that_are_encoded_at_random_are_encoded_each(monkeypatch: pytes
         visual = model.encode_images(batch)
         again = model.eval().encode_images(batch)
     assert seen.calls == [5, 2] and len(visual) == len(again) == 5
-    assert not torch.equal(visual[0], visual[2]) and torch.equal(again[0], again[2])
+    assert torch.equal(again[0], again[2]) and torch.equal(again[0], again[3])
+    assert not (torch.equal(visual[0], visual[2]) and torch.equal(visual[0], visual[3]))
 
 
 def test_features_of_a_cache_are_shared_too() -> None:
