@@ -145,9 +145,9 @@ def test_too_many_pictures_say_how_long_one_is(folder: str, monkeypatch: pytest.
 # --- each picture once ----------------------------------------------------------------------------------------------
 
 
-def trainable(freeze: bool) -> tuple[VisionLanguageModel, VLMProcessor]:
+def trainable(freeze: bool, **high: Any) -> tuple[VisionLanguageModel, VLMProcessor]:
     torch.manual_seed(0)
-    encoder = {"name": "dual", "low": CLIP, "high": CONVNEXT, "freeze": freeze}
+    encoder = {"name": "dual", "low": CLIP, "high": {**CONVNEXT, **high}, "freeze": freeze}
     section = {**tiny_model(), "vision_encoder": encoder, "connector": {"name": "patch_info_mining"}}
     model, processor, _ = assemble(parse_model(section, "test"))
     return model.train(), processor
@@ -184,6 +184,22 @@ def test_shared_pictures_train_as_repeated_ones(freeze: bool, monkeypatch: pytes
     assert any(name.startswith("vision_encoder.high") for name in one) != freeze
     for name, gradient in one.items():
         torch.testing.assert_close(gradient, other[name], rtol=1e-4, atol=1e-6)
+
+
+def test_pictures_that_are_encoded_at_random_are_encoded_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the original's training, whose frozen encoder drops paths."""
+    model, processor = trainable(True, drop_path_rate=0.9, drop_path_when_frozen=True)
+    for name, parameter in model.vision_encoder.named_parameters():
+        if name.endswith("gamma"):  # the scale of a block, at first almost nothing
+            parameter.data.fill_(1)
+    batch, _ = records(processor)
+    seen = Seen(model, monkeypatch)
+    with torch.no_grad():
+        visual = model.encode_images(batch)
+        again = model.eval().encode_images(batch)
+    assert seen.calls == [5, 2] and len(visual) == len(again) == 5
+    assert torch.equal(again[0], again[2]) and torch.equal(again[0], again[3])
+    assert not (torch.equal(visual[0], visual[2]) and torch.equal(visual[0], visual[3]))
 
 
 def test_features_of_a_cache_are_shared_too() -> None:

@@ -122,8 +122,11 @@ class VisionLanguageModel(nn.Module):
     def encode_images(self, batch: Batch) -> Tensor:
         """Visual tokens [N, tokens_per_image, hidden_size] of all N pictures of a batch, each encoded once.
 
-        Where nothing needs gradients, large features are there for a few pictures at a time only.
+        Where nothing needs gradients, large features are there for a few pictures at a time only. An encoder that draws
+        at random in training draws for each.
         """
+        if self.training and batch.image_index is not None and self.vision_encoder.is_random_when_frozen:
+            batch = batch.pictures(batch.image_index)
         if batch.features is None and self._may_split():
             size, total = self._pictures_at_once(), batch.num_distinct
             parts = [self._encode(batch.pictures(slice(k, k + size))) for k in range(0, total, size)]
