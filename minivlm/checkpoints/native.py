@@ -76,9 +76,10 @@ def save_model(
 
 def kept_names(model: VisionLanguageModel, manifest: Manifest) -> list[str]:
     """Names of the tensors that a model folder holds; notes in the manifest what it leaves out, and why."""
-    whole = {id(tensor) for name, tensor in model.named_parameters() if name in set(manifest.trained)}
+    trained = set(manifest.trained)
     # A tied tensor trains under each of its names, of which a list of what trains has the first.
-    trained = {name for name, tensor in model.named_parameters(remove_duplicate=False) if id(tensor) in whole}
+    ids = {id(tensor) for name, tensor in model.named_parameters() if file_name(name) in trained}
+    trained |= {file_name(n) for n, tensor in model.named_parameters(remove_duplicate=False) if id(tensor) in ids}
     state = list(model.state_dict())
     buffers = {name for name, _ in model.named_buffers()}
     wanted: list[str] = []
