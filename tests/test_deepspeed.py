@@ -120,6 +120,7 @@ def test_what_contradicts_the_run_is_refused_with_both_values(tmp_path: Path) ->
         "train_micro_batch_size_per_gpu": 4,
         "fp16": {"enabled": True},
         "gradient_clipping": 0.5,
+        "bf16": {"check_grad_overflow": False},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.5, "betas": [0.9, 0.999]}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3}},
         "zero_optimization": {"stage": 1},
@@ -134,7 +135,8 @@ def test_what_contradicts_the_run_is_refused_with_both_values(tmp_path: Path) ->
     assert "gradient_clipping is 0.5, but run.max_grad_norm makes it 1.0" in said
     assert "lr is 0.5, but the run makes it 0.0001" in said
     assert "scheduler.params.warmup_num_steps is 3, but the rate follows run.lr_sched" in said
-    assert len(said.splitlines()) == 5 and str(file) in said
+    assert "bf16.check_grad_overflow is false, but a step that is not finite must change no weight" in said
+    assert len(said.splitlines()) == 6 and str(file) in said
     file.write_text(json.dumps(given | {"optimizer": {"type": "Lamb"}}))
     with pytest.raises(ConfigError, match=r"optimizer.type is Lamb, but minivlm trains with AdamW"):
         fill_deepspeed(run_of(deepspeed=str(file)), processes=8, precision="bf16")
@@ -181,6 +183,11 @@ def test_the_dry_run_names_the_settings(
     file = write_yaml(tmp_path / "x.yaml", experiment)
     assert main(["train", str(file), "--dry-run", "--options", "run.deepspeed=zero3_offload"]) == 0
     assert "DeepSpeed zero3_offload: ZeRO-3, the optimiser's state in the CPU's memory" in capsys.readouterr().out
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"zero_optimization": {"stage": 2}, "train_batch_size": 64}')
+    assert main(["train", str(file), "--dry-run", "--options", f"run.deepspeed={mine}"]) == 0
+    shown = capsys.readouterr().out
+    assert "with 1 process this is refused" in shown and "train_batch_size is 64, but 4 per process x 2" in shown
     assert main(["train", str(file), "--options", "run.deepspeed=zero4"]) == 2
     assert "run.deepspeed: there is no file zero4" in capsys.readouterr().err
 
@@ -320,6 +327,22 @@ def test_checkpoints_of_something_else_are_refused(alone: None, experiment: dict
     torch.save({"optimizer_state_dict": print}, shard)  # a program, which must not be let in
     with pytest.raises(ValueError, match="is damaged, or no state of DeepSpeed's"):
         train(experiment, tmp_path, "e", resume, "run.max_steps=2")
+
+
+def test_adapters_in_the_mining_find_weights_that_are_shared_out(
+    alone: None, experiment: dict[str, Any], tmp_path: Path
+) -> None:
+    from golden_mgm import parts
+
+    mined = parts("llama_base")
+    mined["connector"] = {**mined["connector"], "lora": {"r": 2}}
+    experiment["model"] |= mined
+    settings = read_deepspeed(RunConfig(deepspeed="zero3"))
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "zero3.json").write_text(json.dumps(settings))
+    shared = train(experiment, tmp_path, "shared", f"run.deepspeed={tmp_path / 'zero3.json'}", "run.max_steps=2")
+    plain = train(experiment, tmp_path, "plain", "run.engine=single", "run.max_steps=2")
+    assert losses(shared) == pytest.approx(losses(plain), abs=1e-5)
 
 
 def test_quantised_weights_are_not_shared_out(alone: None) -> None:

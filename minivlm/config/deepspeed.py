@@ -12,7 +12,7 @@ from typing import Any
 
 from minivlm.config.errors import ConfigError, Problem
 from minivlm.config.experiment import RunConfig
-from minivlm.config.global_batch import accumulation
+from minivlm.config.global_batch import accumulation, counted
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs" / "deepspeed"
 AUTO = "auto"
@@ -52,7 +52,7 @@ def fill_deepspeed(run: RunConfig, *, processes: int, precision: str) -> dict[st
     """
     settings = read_deepspeed(run)
     micro, accumulate = run.batch_size_train, accumulation(run, processes)
-    product = f"{micro} per process x {accumulate} accumulation x {processes} processes"
+    product = f"{micro} per process x {accumulate} accumulation x {counted(processes)}"
     problems = []
     for key, value, source in (
         ("train_micro_batch_size_per_gpu", micro, "run.batch_size_train"),
@@ -65,6 +65,8 @@ def fill_deepspeed(run: RunConfig, *, processes: int, precision: str) -> dict[st
         problems += _settle(settings, key, value, source)
     if settings["zero_optimization"].get("compute_grad_norm") is False:
         problems.append("zero_optimization.compute_grad_norm is false, but the log and the guard need the norm")
+    if settings["bf16"].get("check_grad_overflow") is False:
+        problems.append("bf16.check_grad_overflow is false, but a step that is not finite must change no weight")
     problems += _check_optimizer(settings.pop("optimizer", None) or {}, run)
     params = (settings.pop("scheduler", None) or {}).get("params", {})
     given = [key for key, value in params.items() if value != AUTO]

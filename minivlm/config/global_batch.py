@@ -19,7 +19,7 @@ def accumulation(run: RunConfig, processes: int) -> int:
     if run.accum_grad_iters not in (None, asked):
         message = (
             f"{run.accum_grad_iters}, but a global batch of {run.global_batch_size} is {run.batch_size_train} per "
-            f"process x {asked} accumulation x {_count(processes)}; leave out run.accum_grad_iters or "
+            f"process x {asked} accumulation x {counted(processes)}; leave out run.accum_grad_iters or "
             "run.global_batch_size"
         )
         raise ConfigError([Problem("", None, "run.accum_grad_iters", message)])
@@ -34,8 +34,8 @@ def describe_global_batch(run: RunConfig, processes: int) -> str:
     for count in (1, 2, 4, 8):
         share, rest = divmod(whole, run.batch_size_train * count)
         if count != processes and not rest:
-            others.append(f"{share} on {_count(count)}")
-    rule = f"global batch {whole} = {run.batch_size_train} per process x {here} accumulation x {_count(processes)}"
+            others.append(f"{share} on {counted(count)}")
+    rule = f"global batch {whole} = {run.batch_size_train} per process x {here} accumulation x {counted(processes)}"
     return f"{rule} (the same: accumulation {', '.join(others)})" if others else rule
 
 
@@ -46,10 +46,11 @@ def _misfit(run: RunConfig, processes: int) -> str:
     fitting = sorted((n for n in range(1, share + 1) if share % n == 0), key=lambda n: abs(n - run.batch_size_train))
     proposed = ", ".join(map(str, sorted(fitting[:4])))
     return (
-        f"{run.global_batch_size} is not {run.batch_size_train} per process x a whole number x {_count(processes)}; "
+        f"{run.global_batch_size} is not {run.batch_size_train} per process x a whole number x {counted(processes)}; "
         f"run.batch_size_train of {proposed} would fit"
     )
 
 
-def _count(processes: int) -> str:
+def counted(processes: int) -> str:
+    """So many processes, in words."""
     return f"{processes} process{'es' if processes > 1 else ''}"

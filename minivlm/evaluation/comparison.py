@@ -81,7 +81,8 @@ def render_html(found: Comparison, title: str) -> str:
 <p class="lead">{question}</p>
 <table class="scores"><thead><tr>{columns}</tr></thead><tbody>{scores}</tbody></table>
 <p class="soft">Right subject: of the pictures with keywords, those whose answer holds one of them.</p>
-<div class="wide"><table class="answers" style="min-width: {16 + 14 * len(found.models)}rem"><thead><tr><th>picture</th>{heading}</tr></thead>
+<div class="wide"><table class="answers" style="min-width: {16 + 14 * len(found.models)}rem">
+<thead><tr><th>picture</th>{heading}</tr></thead>
 <tbody>{rows}</tbody></table></div>
 </main></body></html>
 """

@@ -14,8 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from minivlm.api import assemble_shapes, resolve_device
-from minivlm.config.deepspeed import offloads_optimizer, read_deepspeed, zero_stage
+from minivlm.config.deepspeed import fill_deepspeed, offloads_optimizer, read_deepspeed, zero_stage
+from minivlm.config.errors import ConfigError
 from minivlm.config.experiment import Experiment, StageConfig, to_container
+from minivlm.config.global_batch import counted
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.doctor import render_mask
 from minivlm.datasets.feed import make_feed
@@ -118,6 +120,10 @@ def _show_data(stage: StageConfig, model: VisionLanguageModel, processor: VLMPro
         console.print(
             f"DeepSpeed {run.deepspeed}: ZeRO-{zero_stage(settings)}, the optimiser's state {where}", highlight=False
         )
+        try:
+            fill_deepspeed(run, processes=world, precision=resolve_precision(run.precision, resolve_device(run.device)))
+        except ConfigError as error:  # perhaps only with as many processes as there are here
+            console.print(Text(f"with {counted(world)} this is refused:\n{error}", style="yellow"), soft_wrap=True)
     schedule = make_schedule(run, total, per_epoch)
     points = sorted({0, min(warmup_steps(run, total), total - 1), total // 2, total - 1})
     console.print(

@@ -83,10 +83,10 @@ def _inverse_deviation(cells: Tensor, eps: float) -> Tensor:
     return (norms.square() / cells.shape[-1] + eps).rsqrt()
 
 
-def _matrix(layer: nn.Module) -> tuple[Tensor, Tensor]:
+def _matrix(layer: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias of a linear layer, with the adapters that it may have."""
     if type(layer) is nn.Linear:
         return layer.weight, layer.bias
-    base = next(layer.parameters())
-    bias = layer(base.new_zeros(1, base.shape[1]))[0]
-    return (layer(torch.eye(base.shape[1], dtype=base.dtype, device=base.device)) - bias).T, bias
+    base, width = next(layer.parameters()), layer.in_features  # where weights are shared out, they have no shape
+    bias = layer(base.new_zeros(1, width))[0]
+    return (layer(torch.eye(width, dtype=base.dtype, device=base.device)) - bias).T, bias
