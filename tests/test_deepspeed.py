@@ -337,7 +337,7 @@ def test_adapters_in_the_mining_find_weights_that_are_shared_out(
     mined = parts("llama_base")
     mined["connector"] = {**mined["connector"], "lora": {"r": 2}}
     experiment["model"] |= mined
-    settings = read_deepspeed(RunConfig(deepspeed="zero3"))
+    settings = read_deepspeed(RunConfig(engine="deepspeed", deepspeed="zero3"))
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (tmp_path / "zero3.json").write_text(json.dumps(settings))
     shared = train(experiment, tmp_path, "shared", f"run.deepspeed={tmp_path / 'zero3.json'}", "run.max_steps=2")
