@@ -399,7 +399,8 @@ def test_a_kill_while_saving_leaves_the_earlier_checkpoint(
     assert left == {"step_0000000", ".unfinished-"}
     assert list((out / "checkpoints").glob(".unfinished-*/deepspeed/*optim_states.pt"))
     whole = train(experiment, tmp_path, "whole")
-    assert losses(train(experiment, tmp_path, "broken")) == losses(whole)
+    # the two processes may divide their work among threads in other ways
+    assert losses(train(experiment, tmp_path, "broken")) == pytest.approx(losses(whole), abs=1e-6)
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
 
 
@@ -460,7 +461,7 @@ def test_two_processes_with_every_weight_shared_out(
     experiment: dict[str, Any], tmp_path: Path, llava_data: Path
 ) -> None:
     """No parameter is small enough to stay whole; half of the batches are text; answers are generated together."""
-    settings = read_deepspeed(RunConfig(deepspeed="zero3"))
+    settings = read_deepspeed(RunConfig(engine="deepspeed", deepspeed="zero3"))
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     (tmp_path / "zero3.json").write_text(json.dumps(settings))
     records = json.loads((llava_data / "train.json").read_text())
