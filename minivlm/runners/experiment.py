@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,7 @@ def run_experiment(experiment: Experiment, console: Console) -> dict[str, dict[s
         results[stage.name] = run_stage(stage, console)
         previous = Path(stage.run.output_dir)
     if torch.distributed.is_initialized() and not joined_before:
+        gc.collect()  # a wrapped model, which holds the group by cycles, must not outlive it: that can end in an abort
         torch.distributed.destroy_process_group()
     return results
 
