@@ -13,7 +13,9 @@ from golden_minimind import (
     compared,
     expected,
     golden_image,
+    golden_json,
     golden_model,
+    golden_tensors,
     is_first,
     is_whole,
     make_batch,
@@ -22,6 +24,7 @@ from golden_minimind import (
 )
 from torch import Tensor
 
+from minivlm.checkpoints.minimind_folder import language_config
 from minivlm.models.balance import per_layer, per_sequence
 from minivlm.types import IGNORE_INDEX, Batch
 
@@ -266,3 +269,19 @@ def test_golden_minimind_v_sampler_of_the_newest(compared: Compared, name: str) 
             compared.close(probs[golden_ids[kept].long()], golden_probs[kept])
             compared.equal(int((probs > 0).sum()), int(count))
             ids.append(int(probs.argmax()))
+
+
+@pytest.mark.parametrize("table", ["plain", "yarn16"])
+def test_golden_minimind_v_rotary_table(compared: Compared, table: str) -> None:
+    """Cosines and sines of the newest version's positions, also those of ``inference_rope_scaling``."""
+    from transformers import Qwen3Config
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    tensors, positions = golden_tensors("head/expected.safetensors"), golden_json("head/expected.json")
+    for key in (key for key in tensors if key.startswith("rope") and key.endswith(f"_{table}_cos")):
+        size = int(key.removeprefix("rope").split("_")[0])
+        ours = language_config({"hidden_size": size, "head_dim": size, "inference_rope_scaling": table == "yarn16"})
+        rotary = Qwen3RotaryEmbedding(Qwen3Config(**{k: v for k, v in ours.items() if k != "model_type"}))
+        cos, sin = rotary(torch.zeros(1, dtype=torch.float32), torch.tensor([positions["rope_positions"]]))
+        compared.close(cos[0], tensors[key], what=key)
+        compared.close(sin[0], tensors[key.replace("_cos", "_sin")], what=key)
