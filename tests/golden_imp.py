@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from golden_compared import Compared
 from helpers import ROOT
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,25 +34,6 @@ def golden_tensors(name: str) -> dict[str, Tensor]:
 def golden_image(name: str) -> Path:
     """A picture of the set, with or without its ending."""
     return GOLDEN / "images" / (name if name.endswith(".png") else f"{name}.png")
-
-
-class Compared:
-    """Comparisons with the golden numbers, counted."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def close(self, ours: Tensor, golden: Tensor | None, tolerance: float = 1e-4, what: str = "") -> None:
-        """Equal up to ``tolerance``; another set than the default copy may lack the tensor (None)."""
-        if golden is not None:
-            assert ours.shape == golden.shape, f"{what}: {tuple(ours.shape)} against {tuple(golden.shape)}"
-            torch.testing.assert_close(ours.detach().float(), golden.float(), rtol=0, atol=tolerance)
-            self.count += 1
-
-    def equal(self, ours: Any, golden: Any) -> None:
-        """Exactly equal."""
-        assert ours == golden
-        self.count += 1
 
 
 @pytest.fixture

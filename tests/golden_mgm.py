@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_imp import Compared
+from golden_compared import Compared
 from helpers import ROOT, tiny_model
 from safetensors.torch import load_file
 from torch import Tensor, nn

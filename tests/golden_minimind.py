@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_compared import Compared
 from helpers import ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -203,29 +204,9 @@ def v3_batch(name: str, kind: str) -> Batch:
     return make_batch(name, tensors["input_ids"][chosen], tensors["labels"][chosen], images)
 
 
-class Compared:
-    """Comparisons with the golden numbers, counted."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def close(self, ours: Any, golden: Any, tolerance: float = 1e-4, relative: float = 1e-4, what: str = "") -> None:
-        """Equal up to the tolerances; another set than the default copy may lack the numbers (None)."""
-        if golden is not None:
-            ours, golden = (torch.as_tensor(each).detach().float() for each in (ours, golden))
-            assert ours.shape == golden.shape, f"{what}: {tuple(ours.shape)} against {tuple(golden.shape)}"
-            torch.testing.assert_close(ours, golden, rtol=relative, atol=tolerance, msg=lambda m: f"{what}: {m}")
-            self.count += 1
-
-    def equal(self, ours: Any, golden: Any) -> None:
-        """Exactly equal."""
-        assert ours == golden
-        self.count += 1
-
-
 @pytest.fixture
 def compared() -> Iterator[Compared]:
     """Fails a test that has compared nothing, but where another set lacks what it wants."""
-    counter = Compared()
+    counter = Compared(relative=1e-4)
     yield counter
     assert counter.count > 0 or GOLDEN != DEFAULT, "nothing was compared"

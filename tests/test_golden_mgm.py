@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_imp import Compared
+from golden_compared import Compared
 from golden_mgm import FOLDERS, GOLDEN, compared, golden_json, golden_tensors, weights_of
 
 from minivlm.api import assemble

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_imp import Compared
+from golden_compared import Compared
 from golden_mgm import BASES, HDS, compared, golden_tensors, pixels, training_pixels, visual
 from torch import Tensor
 

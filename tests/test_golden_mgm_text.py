@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_imp import Compared
+from golden_compared import Compared
 from golden_mgm import BASES, FOLDERS, GOLDEN, compared, golden_json
 from golden_mgm_text import (
     START_END,

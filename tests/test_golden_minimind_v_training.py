@@ -47,7 +47,7 @@ def test_golden_minimind_v_schedules(compared: Compared, generation: str) -> Non
         schedule = make_schedule(run, case["total"], case["total"])
         for step in map(int, case["values"]):
             if first or step:
-                compared.close(schedule(step if first else step - 1), case["values"][str(step)], 1e-12, 1e-9)
+                compared.close(schedule(step if first else step - 1), case["values"][str(step)], 1e-12, relative=1e-9)
 
 
 def frozen(mode: int, layers: int) -> Any:
@@ -106,7 +106,7 @@ def test_golden_minimind_v_training(compared: Compared, name: str, mode: int) ->
     optimizer = torch.optim.AdamW(parameter_groups(model, config, base, run.weight_decay))
     for number, step in enumerate(about["steps"]):
         lr = schedule(number)
-        compared.close(lr, step["lr"], 1e-12, 1e-9)
+        compared.close(lr, step["lr"], 1e-12, relative=1e-9)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         optimizer.zero_grad()
@@ -116,9 +116,9 @@ def test_golden_minimind_v_training(compared: Compared, name: str, mode: int) ->
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         if balanced:
-            compared.close(output.router_loss * BALANCE["router_loss"], step["aux"], 1e-6, CURVE, "balance")
-        compared.close(loss, step["loss"], 0, CURVE, "loss")
-        compared.close(norm, step["grad_norm_before_clip"], 0, CURVE, "gradient norm")
+            compared.close(output.router_loss * BALANCE["router_loss"], step["aux"], 1e-6, "balance", CURVE)
+        compared.close(loss, step["loss"], 0, "loss", CURVE)
+        compared.close(norm, step["grad_norm_before_clip"], 0, "gradient norm", CURVE)
         optimizer.step()
 
 
