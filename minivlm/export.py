@@ -107,7 +107,8 @@ def _write_minimind(job: Job, alone: bool) -> None:
     from minivlm.checkpoints.to_minimind import write_minimind
 
     folder = model_folder(job.source)
-    stage = read_manifest(folder).stage if folder else Path(job.source).stem
+    named = read_manifest(folder).stage if folder else ""
+    stage = named if named not in ("", "train") else Path(job.source).stem  # "train": the file has one stage
     file, names = write_minimind(job.target, _assembled(job)[0], alone=alone, stage=stage)
     print(f"{file}: {len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
 

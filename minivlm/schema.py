@@ -110,7 +110,8 @@ class ModelPart(Part):
     freeze: bool | list[str] | None = setting(
         None,
         help="true: no parameter trains; a list: parameters whose name matches a glob do not train, and of several "
-        'globs the last counts, with ! in front it trains (`["*", "!layers.2.*"]`: nothing but layer 2); '
+        'globs the last counts, with ! in front it trains (`["*", "!layers.2.*"]`: nothing but layer 2; layers.-1 is '
+        "the last layer); "
         "default: all that can train, do",
     )
     init_lr: float | None = setting(None, gt=0, help="peak learning rate of this part; default run.init_lr")

@@ -50,15 +50,14 @@ def test_golden_minimind_v_schedules(compared: Compared, generation: str) -> Non
                 compared.close(schedule(step if first else step - 1), case["values"][str(step)], 1e-12, relative=1e-9)
 
 
-def frozen(mode: int, layers: int) -> Any:
-    """``language_model.freeze`` for the original's freeze_llm."""
-    return {0: None, 1: ["*", "!*.layers.0.*", f"!*.layers.{layers - 1}.*"], 2: True}[mode]
+FROZEN: dict[int, Any] = {0: None, 1: ["*", "!*.layers.0.*", "!*.layers.-1.*"], 2: True}
+"""``language_model.freeze`` for the original's freeze_llm."""
 
 
 def training(name: str, mode: int = 0, **language: Any) -> tuple[VisionLanguageModel, ModelConfig]:
     """A golden model in train mode and its section."""
     given = section(name, **language)
-    given["language_model"]["freeze"] = frozen(mode, given["language_model"]["config"]["num_hidden_layers"])
+    given["language_model"]["freeze"] = FROZEN[mode]
     config = parse_model(given, "golden set")
     config.checkpoint = str(weights(name))
     model, _, config = assemble(config)

@@ -23,6 +23,7 @@ from golden_minimind import (
     weights,
 )
 from helpers import write_yaml
+from minimind_parts import CLIP, SIGLIP
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -80,11 +81,6 @@ def export_file(name: str, folder: Path, target: str, *more: str) -> Path:
     write_yaml(file, {"model": given})
     assert export([str(file), str(folder / target), *more]) == 0
     return folder / target
-
-
-VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-CLIP = {"model_type": "clip_vision_model", "image_size": 224, "patch_size": 32, **VISION}
-SIGLIP = {"model_type": "siglip_vision_model", "image_size": 256, "patch_size": 32, **VISION}
 
 
 @pytest.mark.parametrize(

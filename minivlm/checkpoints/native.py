@@ -81,11 +81,13 @@ def kept_names(model: VisionLanguageModel, manifest: Manifest) -> list[str]:
     buffers = {name for name, _ in model.named_buffers()}
     wanted: list[str] = []
     for part in PARTS:
-        source = getattr(model, part).source
+        module = getattr(model, part)
+        source = module.source
         keys = [key for key in state if key.startswith(f"{part}.")]
         trains = any(key in trained for key in keys)
-        beyond = {f"{part}.{name}" for name in getattr(model, part).unsourced}
-        own = trained | beyond | {key for key in keys if is_adapter(key) or (key in buffers and trains)}
+        beyond = {f"{part}.{name}" for name in module.unsourced}
+        beside = buffers | {f"{part}.{name}" for name in module.fixed_parameters if not module.quantization}
+        own = trained | beyond | {key for key in keys if is_adapter(key) or (key in beside and trains)}
         kept = [key for key in keys if source is None or key in own]
         wanted += kept
         manifest.sources[part] = source

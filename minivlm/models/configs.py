@@ -183,6 +183,11 @@ class HFLanguageModelConfig:
     config: dict[str, Any] | None = setting(
         None, help="settings of a model to be trained from scratch, with its model_type"
     )
+    scaled_init: list[str] = setting(
+        factory=list,
+        help="from scratch: weights, by globs, that begin smaller by sqrt(2 x layers), as GPT-2's that end in the "
+        'residual stream: `["*.o_proj.*", "*.down_proj.*"]`',
+    )
     tokenizer: str | None = setting(None, help="folder or hub id of the tokenizer; default: path")
     special_tokens: dict[str, str | list[str]] | None = setting(
         None,

@@ -1,7 +1,11 @@
-"""What trains: freezing by part and by glob, learning rates by glob, and the optimiser's parameter groups."""
+"""What trains: freezing by part and by glob, learning rates by glob, and the optimiser's parameter groups.
+
+Globs match the names of checkpoints, in which layers may also be counted from the end: ``*.layers.-1.*`` is the last.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +21,7 @@ from minivlm.models.vlm import PARTS, VisionLanguageModel
 
 _HALF = (torch.float16, torch.bfloat16)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+_NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
 
 
 def apply_freeze(part: str, module: PartModule, freeze: bool | list[str] | None) -> None:
@@ -33,9 +38,10 @@ def apply_freeze(part: str, module: PartModule, freeze: bool | list[str] | None)
             raise ModelError(f"model.{part}.freeze: this part cannot train; leave `freeze` out or set it to true")
         return
     named = list(module.named_parameters())
+    spelled = spellings(name for name, _ in named)
     globs = freeze if isinstance(freeze, list) else []
     for glob in globs:
-        if not any(fnmatchcase(file_name(name), glob.removeprefix("!")) for name, _ in named):
+        if not any(_matches(names, glob.removeprefix("!")) for names in spelled.values()):
             raise ModelError(
                 f"model.{part}.freeze: '{glob}' matches no parameter; names look like "
                 + ", ".join(file_name(name) for name, _ in named[:3])
@@ -48,13 +54,33 @@ def apply_freeze(part: str, module: PartModule, freeze: bool | list[str] | None)
         )
     for name, parameter in named:
         trains = name in adapters if adapters else freeze is not True and name not in module.fixed_parameters
-        parameter.requires_grad_(trains and not _is_frozen_by(globs, file_name(name)))
+        parameter.requires_grad_(trains and not _is_frozen_by(globs, spelled[name]))
     if any(parameter.requires_grad and parameter.dtype in _HALF for _, parameter in named):
         module.float()
 
 
-def _is_frozen_by(globs: Sequence[str], name: str) -> bool:
-    last = next((glob for glob in reversed(globs) if fnmatchcase(name, glob.removeprefix("!"))), "!")
+def spellings(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """By parameter: its name in a checkpoint, and that with its (outermost) layer counted from the end."""
+    found = {name: file_name(name) for name in names}
+    layers = {name: match for name, own in found.items() if (match := _NUMBER.search(own))}
+    counts: Counter[str] = Counter()
+    for match in layers.values():
+        before = match.string[: match.start()]
+        counts[before] = max(counts[before], int(match[0]) + 1)
+
+    def from_end(match: re.Match[str]) -> str:
+        before = match.string[: match.start()]
+        return f"{before}{int(match[0]) - counts[before]}{match.string[match.end() :]}"
+
+    return {name: (own, *([from_end(layers[name])] if name in layers else [])) for name, own in found.items()}
+
+
+def _matches(names: Sequence[str], glob: str) -> bool:
+    return any(fnmatchcase(name, glob) for name in names)
+
+
+def _is_frozen_by(globs: Sequence[str], names: Sequence[str]) -> bool:
+    last = next((glob for glob in reversed(globs) if _matches(names, glob.removeprefix("!"))), "!")
     return not last.startswith("!")
 
 
@@ -65,9 +91,10 @@ def lr_factors(model: VisionLanguageModel, lr_multi: Mapping[str, float]) -> dic
     matches no trainable parameter, unless its factor is 1, by which a stage undoes what a file below it says.
     """
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    spelled = spellings(name for name, _ in model.named_parameters())
     factors: dict[str, float] = {}
     for glob, factor in lr_multi.items():
-        matched = [name for name in trainable if fnmatchcase(file_name(name), glob)]
+        matched = [name for name in trainable if _matches(spelled[name], glob)]
         if not matched and factor != 1:
             raise ModelError(
                 f"run.lr_multi: '{glob}' matches no parameter that trains; names look like "

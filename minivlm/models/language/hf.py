@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -37,6 +40,8 @@ class HFLanguageModel(LanguageModel):
         if config.path is None or on_meta_device():
             quantised = arguments.pop("quantization_config", None)
             self.model: Any = AutoModelForCausalLM.from_config(hf, **arguments)
+            if config.path is None and config.scaled_init:
+                _scale_down(self.model, config.scaled_init, hf.get_text_config().num_hidden_layers)
             if quantised:
                 replace_linear(self.model, quantised)
         else:
@@ -102,6 +107,29 @@ class HFLanguageModel(LanguageModel):
         """Left-padded embeddings -> new ids [B, T], finished rows filled with the pad id."""
         defaults = {"do_sample": False, "num_beams": 1}
         return self.model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **defaults | options)
+
+
+@torch.no_grad()
+def _scale_down(model: nn.Module, globs: Sequence[str], layers: int) -> None:
+    """Divide what the globs match by sqrt(2 x layers) (GPT-2, Radford et al. 2019, section 2.3).
+
+    Experts whose gate and up projections are one tensor [E, 2 * width, hidden] go by the names of both.
+    """
+    named: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        gate, fused, end = name.rpartition("gate_up_proj")
+        if fused:
+            halves = parameter.chunk(2, dim=1 if parameter.ndim == 3 else 0)
+            named |= {f"{gate}{half}_proj{end}": own for half, own in zip(("gate", "up"), halves, strict=True)}
+        else:
+            named[name] = parameter
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in named):
+            some = ", ".join(list(named)[:4])
+            raise ModelError(f"model.language_model.scaled_init: '{glob}' matches no weight; names look like {some}")
+    for name, tensor in named.items():
+        if any(fnmatchcase(name, glob) for glob in globs):
+            tensor.div_(math.sqrt(2 * layers))
 
 
 def _only_tokens(folder: Any) -> Any:
