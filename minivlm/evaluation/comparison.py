@@ -127,6 +127,11 @@ def speed(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
 
+def speed_of(tokens: int, seconds: float) -> str:
+    """What a program says of the speed of its answers; nothing without an answer."""
+    return f"{tokens} tokens, {speed(tokens / seconds)} tokens/s" if tokens and seconds else ""
+
+
 def draw_comparison(found: Comparison, path: Path) -> bool:
     """Draw pictures and answers as a PNG; False if no font here has the signs of the answers."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
