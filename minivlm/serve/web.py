@@ -186,14 +186,7 @@ def _sliders(demo: DemoConfig) -> list[gr.Slider]:
         for low, high, value, step, label, info in (
             (1, 10, demo.num_beams, 1, "Beam width", "Above 1 the answer comes in one piece."),
             (0, demo.max_temperature, demo.temperature, 0.1, "Temperature", "0 always takes the likeliest word."),
-            (
-                0,
-                max(_TOP_K, demo.top_k),
-                demo.top_k,
-                1,
-                "Top-k",
-                "Above temperature 0: likeliest words to draw from; 0: all.",
-            ),
+            (0, max(_TOP_K, demo.top_k), demo.top_k, 1, "Top-k", "Likeliest words to draw from; 0: all."),
         )
     ]
 
