@@ -45,6 +45,7 @@ EXTRAS = {
     "lmms-eval": ["lmms-eval>=0.7.3,<0.8"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
     "tracking": ["tensorboard>=2.18", "wandb>=0.19"],
+    "swanlab": ["swanlab>=0.10,<0.11"],
     "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "playwright>=1.50"],
 }
 

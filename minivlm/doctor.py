@@ -66,6 +66,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "lmms-eval": {"lmms-eval": "0.7.3"},
     "serve": {"fastapi": "0.165.0", "uvicorn": "0.54.0"},
     "tracking": {"tensorboard": "2.21.0", "wandb": "0.25.0"},
+    "swanlab": {"swanlab": "0.10.3"},
     "dev": {
         "pytest": "9.2.0",
         "pytest-xdist": "3.8.0",

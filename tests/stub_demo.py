@@ -34,6 +34,8 @@ class StubChat:
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self.num_images = 0
+        self.num_tokens = 0
+        self.seconds = 0.0
 
     def reset(self) -> None:
         self.__init__()  # type: ignore[misc]
@@ -45,6 +47,7 @@ class StubChat:
             yield " ".join(words[:count])
         self.messages += [Message("user", text), Message("assistant", answer)]
         self.num_images += len(images)
+        self.num_tokens, self.seconds = len(words), 0.5
 
 
 if __name__ == "__main__":

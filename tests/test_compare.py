@@ -14,7 +14,7 @@ from PIL import Image
 from minivlm import cli
 from minivlm.api import assemble
 from minivlm.config import load_config
-from minivlm.evaluation.comparison import MOST_ROWS, Comparison, draw_comparison, pattern, render_html
+from minivlm.evaluation.comparison import MOST_ROWS, Comparison, _hang, draw_comparison, pattern, render_html
 from minivlm.serve import compare
 from minivlm.serve.chat import Chat
 from minivlm.serve.flags import ServeError
@@ -153,6 +153,11 @@ def test_the_page_escapes_and_the_picture_stays_small(tmp_path: Path) -> None:
     assert draw_comparison(found, tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.height < 230 * (MOST_ROWS + 1)
+
+
+def test_no_line_of_the_picture_begins_with_chinese_punctuation() -> None:
+    assert _hang("红色的花\n，黄色的花\n。") == "红色的花，\n黄色的花。\n"
+    assert _hang("a dog,\n, and a cat") == "a dog,\n, and a cat"
 
 
 def test_columns_are_named_by_what_differs(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_picture_question_streamed_answer_restart(page: Any, picture: Path) -> N
     assert page.input_value(QUESTION) == ""
     page.wait_for_selector("#conversation [data-testid=user] >> text=what color is the shape?")
 
+    page.wait_for_selector("#speed >> text=/\\d+ tokens, [0-9.]+ tokens.s/")
     page.click("#examples button")
     page.wait_for_function(f"document.querySelectorAll('{ANSWERS}').length == 2")
     screenshot(page, "chat")

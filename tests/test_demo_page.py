@@ -165,7 +165,7 @@ def test_one_page_with_options(tmp_path: Path) -> None:
     demo = load_config(write_yaml(tmp_path / "x.yaml", text)).stages[-1].demo
     assert labels(web.build_page(StubChat, demo)) == [*(task.name for task in TASKS), "Send", "Restart", "what?"]
     sliders = [b for b in web.build_page(StubChat, demo).blocks.values() if isinstance(b, gr.Slider)]
-    assert [(slider.minimum, slider.maximum) for slider in sliders] == [(1, 10), (0, 1.5)]
+    assert [(slider.minimum, slider.maximum) for slider in sliders] == [(1, 10), (0, 1.5), (0, 100)]
     demo.page = "chat"
     assert labels(web.build_page(StubChat, demo)) == ["Send", "Restart", "what?"]
 
@@ -195,9 +195,11 @@ def test_shipped_files_have_the_published_settings(name: str, tmp_path: Path) ->
         "max_new_tokens": 500 if v2 else 300,
         "min_new_tokens": 1,
         "temperature": 0.6 if v2 else 1.0,
+        "top_k": 50,
         "top_p": 0.9,
         "num_beams": 1,
         "repetition_penalty": 1.05,
+        "no_repeat_ngram_size": 0,
         "length_penalty": 1.0,
         "max_length": 2000,
         "on_overflow": "error",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,13 @@ def test_pictures_of_a_folder_from_the_command_line(
     assert {line["prompt"] for line in lines(output)} == {"what is it?"}
     assert all(set(line) == {"image", "prompt", "answer"} for line in lines(output))
     said = capfd.readouterr()
-    assert said.out == f"7 answers in {output}\n"
+    assert re.fullmatch(rf"7 answers in {output} \(\d+ tokens, [\d.]+ tokens/s\)\n", said.out)
     assert "7 of 7 records" in said.err and "pictures/s" in said.err
 
     before = output.read_bytes()
     assert generate(config, folder, output, "--prompt", "what is it?") == 0
     assert "7 of 7 records were answered before" in (said := capfd.readouterr()).err
-    assert "loading" not in said.err
+    assert "loading" not in said.err and said.out == f"7 answers in {output}\n"
     assert output.read_bytes() == before
     assert generate(config, folder, output, "--prompt", "what else?") == 2
     assert "holds what is no answer to these records" in capfd.readouterr().err

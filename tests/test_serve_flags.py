@@ -148,14 +148,17 @@ def test_bad_flags_are_told_before_the_model_is_loaded(
     for arguments, reason in (
         (["--image-file", tmp_path / "none.png"], "there is no picture"),
         (["--conv-mode", "vicuna_v11"], "did you mean 'vicuna_v1'"),
-        (["--temperature", "3"], "between 0 and 2"),
+        (["--temperature", "3"], "--temperature: must be at most 2, got 3.0"),
+        (["--top-k", "-1"], "--top-k: must be at least 0, got -1"),
+        (["--top-p", "0"], "--top-p: must be greater than 0, got 0.0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: must be at least 1"),
         (["--device-map", "balancd"], "auto, balanced, sequential or a mapping, got 'balancd'"),
     ):
         assert chat(published, "--query", "x", *arguments) == 2
         assert reason in capsys.readouterr().err
     assert cli.main(["demo", str(published), "--image-file", "x.png"]) == 2
     assert "--image-file is for --cli and --query" in capsys.readouterr().err
-    for arguments in (["--load-4bit", "--load-8bit"], ["--device-map", "3"], ["--max-new-tokens", "0"]):
+    for arguments in (["--load-4bit", "--load-8bit"], ["--device-map", "3"], ["--top-k", "a few"]):
         with pytest.raises(SystemExit):
             chat(published, *arguments)
         assert "minivlm chat: error: " in capsys.readouterr().err

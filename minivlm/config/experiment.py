@@ -120,7 +120,11 @@ class RunConfig:
         None, ge=1, help="optimiser steps between evaluations of valid_splits; default: one an epoch"
     )
     log_freq: int = setting(50, ge=1, help="steps between printed lines where there is no terminal")
-    trackers: list[str] = setting(factory=list, choices=("tensorboard", "wandb"))
+    trackers: list[str] = setting(
+        factory=list,
+        choices=("tensorboard", "wandb", "swanlab"),
+        help="swanlab writes into the run's folder, without an account; SWANLAB_MODE=online sends what it writes",
+    )
     job_name: str | None = setting(None, help="name shown by the trackers")
     nan_patience: int = setting(5, ge=0, help="non-finite steps in a row that are skipped before the run aborts")
 
@@ -167,10 +171,18 @@ class DemoConfig:
     min_new_tokens: int | None = setting(None, ge=1, help="no answer ends before it has so many tokens")
     temperature: float = setting(0.0, ge=0, le=2, help="0: greedy")
     max_temperature: float = setting(2.0, gt=0, le=2, help="upper end of the slider on the page")
-    top_p: float = setting(0.9, gt=0, le=1, help="sample among the likeliest tokens that make up this share")
+    top_k: int = setting(
+        50, ge=0, help="sample among so many of the likeliest tokens, and those as likely as the last; 0: among all"
+    )
+    top_p: float = setting(
+        0.9, gt=0, le=1, help="of those, sample among the likeliest that make up this share; 1: among all of them"
+    )
     num_beams: int = setting(1, ge=1, le=10)
     repetition_penalty: float = setting(
-        1.0, gt=0, help="above 1 what was said is less likely; MiniGPT-4: 1.05, before October 2023 1.0"
+        1.0, gt=0, help="above 1 what the answer has said is less likely; MiniGPT-4: 1.05, before October 2023 1.0"
+    )
+    no_repeat_ngram_size: int = setting(
+        0, ge=0, help="no run of so many tokens comes twice in an answer, which ends endless ones; 0: off"
     )
     length_penalty: float = setting(1.0, help="with beams: above 0 favours long answers, below 0 short ones")
     max_length: int | None = setting(

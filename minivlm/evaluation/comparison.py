@@ -127,6 +127,11 @@ def speed(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
 
+def speed_of(tokens: int, seconds: float) -> str:
+    """What a program says of the speed of its answers; nothing without an answer."""
+    return f"{tokens} tokens, {speed(tokens / seconds)} tokens/s" if tokens and seconds else ""
+
+
 def draw_comparison(found: Comparison, path: Path) -> bool:
     """Draw pictures and answers as a PNG; False if no font here has the signs of the answers."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -174,9 +179,14 @@ def _draw_row(axes: Sequence[Any], found: Comparison, number: int) -> None:
             spine.set(color=colour, linewidth=2 if verdict is not None else 0.8)
         sign = {True: "✓ ", False: "✗ ", None: ""}[verdict]
         text = sign + (line.get("answer", line.get("error")) or "(no answer)")
-        text = wrap(re.sub(r"[\x00-\x1f\x7f]", " ", text), 22 if _is_wide(text) else 44, 10)
+        text = _hang(wrap(re.sub(r"[\x00-\x1f\x7f]", " ", text), 22 if _is_wide(text) else 44, 10))
         place = {"x": 0.03, "y": 0.95, "va": "top", "fontsize": 8.5, "color": "#222222", "clip_on": True}
         axis.text(s=text, transform=axis.transAxes, parse_math=False, fontfamily=font, **place)
+
+
+def _hang(text: str) -> str:
+    """Lines with the punctuation of Chinese at their end, since none begins with it."""
+    return re.sub(r"\n([，。！？、；：）》”]+)", r"\1\n", text)
 
 
 def _is_wide(text: str) -> bool:

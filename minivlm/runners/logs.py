@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,11 +17,15 @@ LOG = "log.jsonl"
 
 
 class Trackers:
-    """TensorBoard and wandb behind one call; packages are imported only when asked for."""
+    """TensorBoard, wandb and SwanLab behind one call; packages are imported only when asked for.
+
+    SwanLab writes into the run's folder and asks for no account, unless SWANLAB_MODE says otherwise.
+    """
 
     def __init__(self, names: Sequence[str], folder: Path, job_name: str):
         self._tensorboard: Any = None
         self._wandb: Any = None
+        self._swanlab: Any = None
         try:
             if "tensorboard" in names:
                 from torch.utils.tensorboard import SummaryWriter
@@ -30,8 +35,16 @@ class Trackers:
                 import wandb
 
                 self._wandb = wandb.init(project="minivlm", name=job_name, dir=str(folder))
+            if "swanlab" in names:
+                import swanlab
+
+                mode = os.environ.get("SWANLAB_MODE", "offline")
+                self._swanlab = swanlab.init(
+                    project="minivlm", name=job_name, log_dir=str(folder / "swanlab"), mode=mode
+                )
         except ImportError as error:
-            raise ImportError(f'run.trackers: {error}; run pip install "minivlm[tracking]"') from error
+            extra = "swanlab" if error.name == "swanlab" else "tracking"
+            raise ImportError(f'run.trackers: {error}; run pip install "minivlm[{extra}]"') from error
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record scalars of a step."""
@@ -40,6 +53,8 @@ class Trackers:
                 self._tensorboard.add_scalar(key, value, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
+        if self._swanlab is not None:
+            self._swanlab.log(values, step=step)
 
     def close(self) -> None:
         """Write what is pending."""
@@ -47,6 +62,8 @@ class Trackers:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._swanlab is not None:
+            self._swanlab.finish()
 
 
 class RunLog:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from minivlm.config.experiment import DemoConfig
+from minivlm.evaluation.comparison import speed_of
 from minivlm.serve.image_generation import GENERATE, GenerationError, ImageGenerator, picture_prompt, readable
 from minivlm.serve.ocr import OCR
 from minivlm.types import Message
@@ -97,6 +98,11 @@ class Assistant:
     def num_images(self) -> int:
         """Number of pictures shown so far."""
         return self.chat.num_images
+
+    @property
+    def speed(self) -> str:
+        """Tokens of the last answer and tokens per second; empty without one."""
+        return speed_of(self.chat.num_tokens, self.chat.seconds)
 
     def reset(self) -> None:
         """Begin a new conversation; an answer on its way stays without effect."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -57,8 +58,8 @@ class _Turn:
 class Chat:
     """One conversation.
 
-    ``temperature`` 0 is greedy; above it answers are sampled, with ``top_p``, also with beams. A conversation
-    longer than ``max_length`` tokens (default: what processor and model take) is an error; with
+    ``temperature`` 0 is greedy; above it answers are sampled, with ``top_k`` and then ``top_p``, also with beams. A
+    conversation longer than ``max_length`` tokens (default: what processor and model take) is an error; with
     ``on_overflow: cut_left`` its oldest tokens are left out instead, so that ``max_new_tokens`` fit, as MiniGPT-4
     does. Several chats may share a model if they share ``lock``, which is held while the model works. A
     question that fails, is broken off, or is answered with nothing leaves the conversation as it was. A picture
@@ -73,8 +74,10 @@ class Chat:
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         num_beams: int = 1,
+        top_k: int = 50,
         top_p: float = 0.9,
         repetition_penalty: float = 1.0,
+        no_repeat_ngram_size: int = 0,
         length_penalty: float = 1.0,
         min_new_tokens: int | None = None,
         max_length: int | None = None,
@@ -89,12 +92,17 @@ class Chat:
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "num_beams": num_beams,
+            "top_k": top_k,
             "top_p": top_p,
             "repetition_penalty": repetition_penalty,
+            "no_repeat_ngram_size": no_repeat_ngram_size,
             "length_penalty": length_penalty,
             "min_new_tokens": min_new_tokens,
         }
         self.num_tokens = 0
+        """Tokens of the last answer."""
+        self.seconds = 0.0
+        """What they took, with the pictures and the prompt."""
         self._lock = lock or threading.Lock()
         self._state = _State()
         self._before = _State()
@@ -114,6 +122,7 @@ class Chat:
         if self._state.num_images:
             self._before = self._state
         self._state = _State()
+        self.num_tokens, self.seconds = 0, 0.0
 
     def ask(self, text: str, images: Sequence[Any] = (), **options: Any) -> str:
         """The whole answer to a question; ``images`` are new pictures (paths or PIL), as many as new markers.
@@ -215,12 +224,13 @@ class Chat:
             if turn.cancelled.is_set():
                 return ""
         try:
+            start = time.perf_counter()
             with torch.inference_mode():
                 turn.visual = self._encode(turn)
-                ids = self.model.generate(turn.batch.to(self.model.device), visual=turn.visual, **options)
+                ids = self.model.generate(turn.batch.to(self.model.device), visual=turn.visual, **options).cpu()
+            self.num_tokens, self.seconds = ids.shape[1], time.perf_counter() - start
         finally:
             self._lock.release()
-        self.num_tokens = ids.shape[1]
         return self.processor.decode(ids)[0]
 
     def _encode(self, turn: _Turn) -> torch.Tensor | None:
@@ -283,10 +293,12 @@ class _Cancelled:
 def sampling_options(options: dict[str, Any]) -> dict[str, Any]:
     """The chat's options as transformers wants them: only those that have an effect."""
     without_effect = {"repetition_penalty": 1.0, "length_penalty": 1.0, "min_new_tokens": None, "keep_last": None}
+    without_effect["no_repeat_ngram_size"] = 0
     if options["num_beams"] == 1:
         without_effect["length_penalty"] = options["length_penalty"]
     options = {key: value for key, value in options.items() if without_effect.get(key, ...) != value}
-    temperature, top_p = options.pop("temperature"), options.pop("top_p")
+    temperature, top_k, top_p = (options.pop(key) for key in ("temperature", "top_k", "top_p"))
     if temperature > 0:
-        return options | {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p)}
+        sampling = {"temperature": float(temperature), "top_k": int(top_k), "top_p": float(top_p)}
+        return options | {"do_sample": True} | sampling
     return options | {"do_sample": False}

@@ -7,14 +7,13 @@ import gc
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.config.experiment import StageConfig
-from minivlm.evaluation.comparison import Comparison, draw_comparison, render_html, speed
+from minivlm.evaluation.comparison import Comparison, draw_comparison, render_html, speed, speed_of
 from minivlm.evaluation.report import percent
 from minivlm.io import atomic_file, write_atomic, write_json
 from minivlm.registry import suggest
@@ -160,16 +159,14 @@ def _ask_model(answers: AnswerFile, numbers: Sequence[int], stage: StageConfig, 
         print(f"\n[Image]: {record['image']}\n[Q]: {record['prompt']}\n[A]: ", end="", flush=True)
         chat.reset()
         torch.manual_seed(stage.run.seed)  # for every picture: a run that goes on answers the same
-        start = time.perf_counter()
         try:
             text = _print_growing(chat, record, folder)
         except SampleError as error:
             print(f"(no answer) {error.reason}")
             answers.add(number, "error", error.reason)
             continue
-        seconds = time.perf_counter() - start
-        print(f"\n({chat.num_tokens} tokens, {speed(chat.num_tokens / seconds)} tokens/s)", flush=True)
-        answers.add(number, "answer", text, tokens=chat.num_tokens, seconds=round(seconds, 4))
+        print(f"\n({speed_of(chat.num_tokens, chat.seconds)})", flush=True)
+        answers.add(number, "answer", text, tokens=chat.num_tokens, seconds=round(chat.seconds, 4))
 
 
 def _print_growing(chat: Chat, record: Record, folder: Path) -> str:

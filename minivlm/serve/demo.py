@@ -108,6 +108,8 @@ def _answer(assistant: Assistant, query: str, images: Sequence[Image], demo: Dem
     """One question, answered on standard output."""
     reply = assistant.ask(query, images)
     print(reply.text)
+    if assistant.speed:
+        print(f"({assistant.speed})", file=sys.stderr)
     if reply.picture is not None:
         print(f"picture: {save_picture(reply.picture, Path(demo.generated_image))}", file=sys.stderr)
     if reply.note:

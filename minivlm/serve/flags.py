@@ -8,8 +8,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from minivlm import registry
-from minivlm.config.experiment import ModelConfig, StageConfig
+from minivlm.config.experiment import DemoConfig, ModelConfig, StageConfig
 from minivlm.config.loader import parse_model
+from minivlm.config.values import limits
 from minivlm.schema import ModelPart
 
 if TYPE_CHECKING:
@@ -17,8 +18,16 @@ if TYPE_CHECKING:
 
 _LANGUAGE_MODEL = {"quantization": "quantization", "device_map": "device_map", "model_base": "path"}
 """Flags by what they set of ``model.language_model``."""
-_DECODING = ("temperature", "max_new_tokens", "num_beams")
-"""Flags that set the key of their name of section ``demo``."""
+_DECODING: dict[str, tuple[type[int] | type[float], str]] = {
+    "temperature": (float, "above 0 answers are sampled"),
+    "top_k": (int, "sampled from so many of the likeliest tokens; 0: from all"),
+    "top_p": (float, "and of those from the likeliest that make up this share"),
+    "max_new_tokens": (int, "length of an answer"),
+    "num_beams": (int, "beams of an answer"),
+    "repetition_penalty": (float, "above 1 what was said is less likely"),
+    "no_repeat_ngram_size": (int, "no run of so many tokens comes twice; 0: off"),
+}
+"""Flags that set the key of their name of section ``demo``: type and help."""
 
 
 class ServeError(ValueError):
@@ -43,10 +52,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     text = "language model that a projector or adapters belong to (model.language_model.path)"
     parser.add_argument("--model-base", metavar="FOLDER", help=text)
     parser.add_argument("--conv-mode", metavar="TEMPLATE", help="another template than the model's own")
-    text = "(default: section demo of the file)"
-    parser.add_argument("--temperature", type=float, help=f"above 0 answers are sampled {text}")
-    parser.add_argument("--max-new-tokens", type=positive, help=f"length of an answer {text}")
-    parser.add_argument("--num-beams", type=positive, help=f"beams of an answer {text}")
+    for key, (number_type, meaning) in _DECODING.items():
+        parser.add_argument(_flag(key), type=number_type, help=f"{meaning} (default: section demo of the file)")
 
 
 def apply_flags(stage: StageConfig, arguments: argparse.Namespace) -> StageConfig:
@@ -55,9 +62,10 @@ def apply_flags(stage: StageConfig, arguments: argparse.Namespace) -> StageConfi
         registry.entry("template", arguments.conv_mode)
     language = {key: value for flag, key in _LANGUAGE_MODEL.items() if (value := getattr(arguments, flag)) is not None}
     decoding = {key: value for key in _DECODING if (value := getattr(arguments, key)) is not None}
+    for item in dataclasses.fields(DemoConfig):
+        if item.name in decoding and (problem := limits(decoding[item.name], item.metadata)):
+            raise ServeError(f"{_flag(item.name)}: {problem}")
     if "temperature" in decoding:
-        if not 0 <= decoding["temperature"] <= 2:
-            raise ServeError(f"--temperature {decoding['temperature']:g}: between 0 and 2 is wanted")
         decoding["max_temperature"] = max(stage.demo.max_temperature, decoding["temperature"])
     model = dataclasses.replace(stage.model, language_model=_changed(stage.model.language_model, language))
     return dataclasses.replace(stage, model=model, demo=dataclasses.replace(stage.demo, **decoding))
@@ -76,6 +84,10 @@ def use_template(name: str | None, processor: VLMProcessor, model: ModelConfig) 
     other = parse_model({"checkpoint": "", "template": node}, "--conv-mode").template
     assert other
     processor.template = Template(other.config)
+
+
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
 
 
 def _changed(part: ModelPart | None, changes: dict[str, Any]) -> ModelPart | None:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minivlm.evaluation.comparison import speed_of
 from minivlm.serve.flags import positive
 from minivlm.serve.loading import ServeError, add_arguments, decoding, load_model, parse, stage_of
 from minivlm.serve.ocr import OCR
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     answers = AnswerFile(Path(arguments.output), records)
     if kept := len(records) - len(answers.todo):
         print(f"{kept} of {len(records)} records were answered before", file=sys.stderr)
+    speed = ""
     if answers.todo:
         model, processor = load_model(stage, arguments)
         from minivlm.serve.chat import Chat
@@ -54,12 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
         try:
             with answers:
-                answer_records(chat, answers, images, **sizes, seed=stage.run.seed, ocr=ocr)
+                speed = answer_records(chat, answers, images, **sizes, seed=stage.run.seed, ocr=ocr)
         except KeyboardInterrupt:
             print(f"\n{len(answers.todo)} records are left; the same command goes on with them", file=sys.stderr)
             raise
     answers.finish()
-    return _summary(answers)
+    return _summary(answers, speed)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,8 +88,8 @@ def answer_records(
     num_workers: int = 0,
     seed: int = 0,
     ocr: OCR | None = None,
-) -> None:
-    """Answer what is left to do, records of similar length together; ``chat`` says how.
+) -> str:
+    """Answer what is left to do, records of similar length together; ``chat`` says how. Returns what it says of speed.
 
     A record that cannot be used gets its line with an ``error``. A question has the same prompt as in a
     conversation, so that with greedy decoding the answers are those that :meth:`Chat.ask` gives one by one; ``ocr``
@@ -101,6 +103,7 @@ def answer_records(
     processor = chat.processor
     samples: list[Sample] = []
     numbers = {record_name(number, answers.records[number]): number for number in answers.todo}
+    tokens, seconds = 0, 0.0
     with _progress(len(numbers)) as advance:
 
         def fail(error: SampleError) -> None:
@@ -120,9 +123,13 @@ def answer_records(
                     fail(each)
                 if batch is None:
                     continue
-                for place, text in zip(places, _answers(chat, batch), strict=True):
+                start = time.perf_counter()
+                texts, count = _answers(chat, batch)
+                tokens, seconds = tokens + count, seconds + time.perf_counter() - start
+                for place, text in zip(places, texts, strict=True):
                     answers.add(numbers[samples[place].id], "answer", text)
                 advance(len(places), batch.num_images)
+    return speed_of(tokens, seconds)
 
 
 def _encode(processor: VLMProcessor, limit: int, ocr: OCR | None, sample: Sample) -> Encoded:
@@ -147,7 +154,8 @@ def _with_text(sample: Sample, ocr: OCR) -> Sample:
     return replace(sample, messages=[replace(question, content=text)])
 
 
-def _answers(chat: Chat, batch: Batch) -> list[str]:
+def _answers(chat: Chat, batch: Batch) -> tuple[list[str], int]:
+    """The answers to a batch of prompts, and how many tokens they have, without those that fill up rows."""
     import torch
 
     from minivlm.serve.chat import sampling_options
@@ -156,13 +164,14 @@ def _answers(chat: Chat, batch: Batch) -> list[str]:
     room = chat.context_length() - batch.input_ids.shape[1]
     options["max_new_tokens"] = min(options["max_new_tokens"], room)
     try:
-        return chat.processor.decode(chat.model.generate(batch.to(chat.model.device), **options))
+        ids = chat.model.generate(batch.to(chat.model.device), **options).cpu()
     except torch.OutOfMemoryError as error:
         size = len(batch.input_ids)
         raise ServeError(
             f"{size} records at a time need more memory than {chat.model.device} has; run the command again with "
             f"--batch-size {max(1, size // 2)}, it goes on where it stopped"
         ) from error
+    return chat.processor.decode(ids), int((ids != options["pad_token_id"]).sum())
 
 
 @contextmanager
@@ -192,9 +201,9 @@ def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
         yield advance
 
 
-def _summary(answers: AnswerFile) -> int:
+def _summary(answers: AnswerFile, speed: str) -> int:
     failed = answers.failed
-    print(f"{len(answers.records) - len(failed)} answers in {answers.path}")
+    print(f"{len(answers.records) - len(failed)} answers in {answers.path}" + (f" ({speed})" if speed else ""))
     if not failed:
         return 0
     print(f"{len(failed)} records could not be answered; run the command again when they are mended:", file=sys.stderr)

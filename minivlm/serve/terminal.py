@@ -30,6 +30,7 @@ HELP = """\
   anything else is a question; Ctrl-C breaks off an answer"""
 QUESTION = "you: "
 ANSWER = "model: "
+_DIM = "\x1b[2m{}\x1b[0m"
 
 
 def run_terminal(
@@ -141,7 +142,7 @@ class _Terminal:
     def write_growing(self, stream: Iterator[Reply]) -> None:
         """Write what every text adds to the one before, and what becomes of the picture."""
         shown = noted = ""
-        overwrites = self.output.isatty()  # a file needs no more than the beginning and the end of the drawing
+        is_terminal = self.output.isatty()  # a file needs no more than the beginning and the end of the drawing
         for reply in stream:
             text = reply.text
             if not text.startswith(shown):  # the tokenizer has changed its mind about a character
@@ -149,12 +150,14 @@ class _Terminal:
                 shown = ""
             self.say(text[len(shown) :], end="")
             shown = text
-            if reply.note and not (reply.growing and noted and not overwrites):
+            if reply.note and not (reply.growing and noted and not is_terminal):
                 self.say(("\r" if reply.growing and noted else "\n") + f"({reply.note})", end="")
                 noted = reply.note
             if reply.picture is not None:
                 self.write_picture(reply.picture)
         self.say("" if shown else "(the model answered with nothing; the question was taken back)")
+        if shown and (speed := self.chat.speed):
+            self.say((_DIM if is_terminal else "{}").format(f"({speed})"))
 
     def write_picture(self, picture: Image) -> None:
         """Into a file of its own; where that cannot be written, into the folder for temporary files."""

@@ -27,6 +27,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MB = 1024 * 1024
 _WAITING = 32
 """Questions that may wait for the model; more are turned away."""
+_TOP_K = 100
+"""Upper end of its slider."""
 _HOUR, _DAY = 3600, 24 * 3600
 _MARK_BOX = Path(__file__).parents[1] / "assets" / "mark_box.js"
 _FOCUS = "() => document.querySelector('#question textarea, #question input').focus()"
@@ -63,6 +65,7 @@ CSS = """
 #tasks::before {content: "Task shortcuts"; align-self: center; font-size: 12px; opacity: 0.75}
 #ask {align-items: stretch; gap: 8px}
 #send, #restart {min-width: 7em}
+#speed p {margin: 0; text-align: right; font-size: 12px; opacity: 0.75}
 #picture.marking img {cursor: crosshair; touch-action: none; user-select: none}
 #marked {position: absolute; pointer-events: none; border: 3px solid #f97316; box-shadow: 0 0 0 1px #fff}
 .chips {gap: 6px; flex-wrap: wrap}
@@ -95,13 +98,14 @@ def build_page(chat_factory: Callable[[], Chat], demo: DemoConfig, tools: Tools 
             question = _question()
             send = gr.Button("Send", variant="primary", scale=0, elem_id="send")
             restart = gr.Button("Restart", scale=0, elem_id="restart")
+        speed = gr.Markdown(elem_id="speed")
         examples = _chips("examples", demo.examples)
         with gr.Row(visible=tools != Tools()):
             ocr, generate = _switches(tools)
         with gr.Row():
-            beams, temperature = _sliders(demo)
+            beams, temperature, top_k = _sliders(demo)
 
-        settings = [picture, beams, temperature, session, ocr, generate]
+        settings = [picture, beams, temperature, session, ocr, generate, top_k]
         outputs = [chatbot, question, session]
         # One queue for everything that needs the model, so that visitors wait in the order they came.
         model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
@@ -110,11 +114,15 @@ def build_page(chat_factory: Callable[[], Chat], demo: DemoConfig, tools: Tools 
             gr.on([question.submit, send.click], handlers.ask, [question, *settings], outputs, **model),
             *(button.click(handlers.ask, [button, *settings], outputs, **model) for button in examples),
         ]
+        for each in asked:
+            each.then(handlers.speed, session, speed, **quick)
         changes = [picture.input, picture.clear]
         changed = gr.on(changes, handlers.change_picture, [picture, session], [chatbot, session], **quick)
+        changed.then(handlers.speed, session, speed, **quick)
         changed.failure(handlers.drop_picture, session, [picture, chatbot, session], **quick)
         anew = gr.on([restart.click, chatbot.clear], handlers.restart, session, outputs, cancels=asked, **quick)
-        anew.then(handlers.show, session, chatbot, **quick)  # over a piece of an answer that was on its way
+        # over a piece of an answer that was on its way
+        anew.then(handlers.show, session, chatbot, **quick).then(handlers.speed, session, speed, **quick)
         for task, button in zip(TASKS, tasks):
             chosen = button.click(partial(choose_task, task), question, question, **quick)
             chosen.then(None, js=_FOCUS, **quick)
@@ -171,28 +179,16 @@ def _chips(name: str, texts: list[str]) -> list[gr.Button]:
         return [gr.Button(text, size="sm") for text in texts]
 
 
-def _sliders(demo: DemoConfig) -> tuple[gr.Slider, gr.Slider]:
-    beams = gr.Slider(
-        1,
-        10,
-        demo.num_beams,
-        step=1,
-        label="Beam width",
-        info="Above 1 the answer comes in one piece.",
-        buttons=[],
-        min_width=280,
-    )
-    temperature = gr.Slider(
-        0,
-        demo.max_temperature,
-        demo.temperature,
-        step=0.1,
-        label="Temperature",
-        info="0 always takes the likeliest word.",
-        buttons=[],
-        min_width=280,
-    )
-    return beams, temperature
+def _sliders(demo: DemoConfig) -> list[gr.Slider]:
+    """Beams, temperature, top-k."""
+    return [
+        gr.Slider(low, high, value, step=step, label=label, info=info, buttons=[], min_width=280)
+        for low, high, value, step, label, info in (
+            (1, 10, demo.num_beams, 1, "Beam width", "Above 1 the answer comes in one piece."),
+            (0, demo.max_temperature, demo.temperature, 0.1, "Temperature", "0 always takes the likeliest word."),
+            (0, max(_TOP_K, demo.top_k), demo.top_k, 1, "Top-k", "Likeliest words to draw from; 0: all."),
+        )
+    ]
 
 
 def _switches(tools: Tools) -> tuple[gr.Checkbox, gr.Checkbox]:

@@ -105,6 +105,10 @@ class Handlers:
         """-> the conversation as it is."""
         return [] if session is None else self._shown(session)
 
+    def speed(self, session: Session | None) -> str:
+        """-> tokens and speed of the last answer."""
+        return "" if session is None else session.chat.speed
+
     def ask(
         self,
         question: str,
@@ -114,6 +118,7 @@ class Handlers:
         session: Session | None,
         ocr: bool = True,
         generate: bool = False,
+        top_k: float | None = None,
     ) -> Iterator[tuple[Any, ...]]:
         """Stream an answer -> (conversation, question, session); a picture to generate needs none to look at."""
         question = (question or "").strip()
@@ -130,7 +135,9 @@ class Handlers:
         asked = [*before, self._message(session, "user", question)]
         yield asked, "", session
         images = [] if session.chat.num_images or picture is None else [picture]
-        options = {"num_beams": int(beams), "temperature": float(temperature)}
+        options: dict[str, Any] = {"num_beams": int(beams), "temperature": float(temperature)}
+        if top_k is not None:
+            options["top_k"] = int(top_k)
         reply = Reply("")
         try:
             with closing(  # type: ignore[type-var]

@@ -85,7 +85,9 @@ def test_values_of_run(faults, key, value, message):
 
 def test_choices_hold_for_every_item_of_a_list(faults):
     (line,) = faults(f"{MODEL}run:\n  trackers:\n    - wandb\n    - tensorbord\n")
-    assert line.startswith("x.yaml:9: run.trackers.1: must be one of 'tensorboard', 'wandb', got 'tensorbord'")
+    assert line.startswith(
+        "x.yaml:9: run.trackers.1: must be one of 'tensorboard', 'wandb', 'swanlab', got 'tensorbord'"
+    )
 
 
 @pytest.mark.parametrize(
