@@ -16,8 +16,8 @@ from minivlm import registry
 from minivlm.checkpoints.files import is_llava_folder
 from minivlm.checkpoints.llava_folder import describe, describe_language_model
 from minivlm.checkpoints.loading import check_files, check_weights, load_checkpoint, load_parts, names_files
-from minivlm.checkpoints.parts import check_tokenizer
 from minivlm.checkpoints.native import CheckpointError, find_model_folder, read_config, read_manifest
+from minivlm.checkpoints.parts import check_tokenizer
 from minivlm.config import ConfigError, ModelConfig, load_config
 from minivlm.config.experiment import one_alone
 from minivlm.config.loader import list_model_defaults, parse_model

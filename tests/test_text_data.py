@@ -67,7 +67,7 @@ def test_splits(tmp_path: Path) -> None:
     both = TextBuilder(TextConfig(annotations={"train": [file, file], "val": file}), "t")
     assert both.splits == ("train", "val")
     assert (len(both.build("train")), len(both.build("val"))) == (2, 1)
-    with pytest.raises(DatasetError, match="no split 'vall'.*did you mean 'val'"):
+    with pytest.raises(DatasetError, match=r"no split 'vall'.*did you mean 'val'"):
         both.build("vall")
 
 
@@ -183,7 +183,7 @@ def test_tokenizers_without_these_tokens() -> None:
         own.tokenizer.eos_token_id,
     ]
     own.tokenizer.eos_token = None
-    with pytest.raises(SampleError, match="template.eos: always, but the tokenizer has no end token"):
+    with pytest.raises(SampleError, match=r"template.eos: always, but the tokenizer has no end token"):
         own.encode(document("a cat"))
 
 
@@ -202,7 +202,7 @@ def test_a_longer_document_loses_its_end() -> None:
 
 @pytest.mark.parametrize("name", ["qa", "minimind_v1", "llava_v0"])
 def test_other_templates_want_a_question(name: str) -> None:
-    with pytest.raises(SampleError, match="no user turn|is due"):
+    with pytest.raises(SampleError, match=r"no user turn|is due"):
         processor(name).encode(document("a b"))
 
 

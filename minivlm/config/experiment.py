@@ -41,8 +41,8 @@ def one_alone(encoder: str | None, connector: str | None) -> str | None:
     if None in (encoder, connector) or (encoder == NO_VISION) == (connector == NO_VISION):
         return None
     return (
-        f"vision_encoder {encoder}, but connector {connector}: a model that sees has both, a language model alone neither "
-        "(both none)"
+        f"vision_encoder {encoder}, but connector {connector}: a model that sees has both, a language model alone "
+        "neither (both none)"
     )
 
 
