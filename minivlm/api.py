@@ -17,7 +17,9 @@ from minivlm.checkpoints.files import is_llava_folder
 from minivlm.checkpoints.llava_folder import describe, describe_language_model
 from minivlm.checkpoints.loading import check_files, check_weights, load_checkpoint, load_parts, names_files
 from minivlm.checkpoints.native import CheckpointError, find_model_folder, read_config, read_manifest
+from minivlm.checkpoints.parts import check_tokenizer
 from minivlm.config import ConfigError, ModelConfig, load_config
+from minivlm.config.experiment import one_alone
 from minivlm.config.loader import list_model_defaults, parse_model
 from minivlm.config.options import parse_options
 from minivlm.models.base import DTYPES, ModelError
@@ -168,7 +170,10 @@ def assemble(
             f"model.checkpoint: {config.checkpoint} does not say which parts it belongs to; "
             "give model.arch and model.model_type, or the parts"
         )
-    assert config.language_model and config.template
+    assert config.vision_encoder and config.connector and config.language_model and config.template
+    wrong = one_alone(config.vision_encoder.name, config.connector.name)
+    if wrong:
+        raise ModelError(f"model: {wrong}")
     if frozen:
         _freeze_all(config)
     _expand_base(config.language_model)
@@ -183,6 +188,8 @@ def assemble(
     tokenizer = load_tokenizer(
         tokenizer_path, getattr(language, "revision", None), getattr(language, "special_tokens", None)
     )
+    if config.language_model.weights:
+        check_tokenizer(tokenizer, tokenizer_path, config.language_model.weights)
     if meta or names_files(config):
         model = _build(config, len(tokenizer), meta=True)
         check_weights(model, config, fetch=not meta)
@@ -248,13 +255,16 @@ def build_processor(config: ModelConfig, model: VisionLanguageModel, tokenizer: 
     settings = config.processor.config
     transform = registry.get("processor", settings.image.name)
     inputs = model.vision_encoder.inputs
-    return registry.get("processor", config.processor.name)(
+    processor = registry.get("processor", config.processor.name)(
         settings,
         Template(config.template.config),
         tokenizer,
         {name: transform(settings.image.config, encoder) for name, encoder in inputs.items()},
         model.connector.tokens_per_image,
     )
+    if not inputs:
+        processor.pictures = model.vision_encoder.pictures
+    return processor
 
 
 def _with_checkpoint(config: ModelConfig, folder: Path) -> ModelConfig:

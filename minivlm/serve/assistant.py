@@ -104,6 +104,11 @@ class Assistant:
         """Tokens of the last answer and tokens per second; empty without one."""
         return speed_of(self.chat.num_tokens, self.chat.seconds)
 
+    @property
+    def sees(self) -> bool:
+        """Whether the model takes pictures."""
+        return self.chat.sees
+
     def reset(self) -> None:
         """Begin a new conversation; an answer on its way stays without effect."""
         self.chat.reset()

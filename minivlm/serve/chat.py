@@ -103,6 +103,7 @@ class Chat:
         """Tokens of the last answer."""
         self.seconds = 0.0
         """What they took, with the pictures and the prompt."""
+        self._pictures = getattr(processor, "pictures", "take")  # a user's own may not know of models that see nothing
         self._lock = lock or threading.Lock()
         self._state = _State()
         self._before = _State()
@@ -116,6 +117,11 @@ class Chat:
     def num_images(self) -> int:
         """Number of pictures shown so far."""
         return self._state.num_images
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model takes pictures; a language model alone does not."""
+        return self._pictures == "take"
 
     def reset(self) -> None:
         """Begin a new conversation; an answer on its way stays without effect."""
@@ -166,7 +172,10 @@ class Chat:
         """Everything that can go wrong before the model is needed."""
         state = self._state
         text = self.processor.template.with_images(text, len(images))
-        messages = [*state.messages, Message("user", text)]
+        question = Message("user", text)
+        if self._pictures == "drop":
+            question, images = self.processor.template.without_images(question), ()
+        messages = [*state.messages, question]
         batch = self.processor.prompt(messages, images, encoded_images=state.num_images)
         settings = self.options | options
         limit, used = self.context_length(), batch.input_ids.shape[1]

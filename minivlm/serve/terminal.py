@@ -102,6 +102,9 @@ class _Terminal:
         """New pictures and with them a new conversation; one that cannot be read changes nothing."""
         from minivlm.processors.image import open_image
 
+        if not self.chat.sees:
+            self.say("this model has no vision encoder: it takes no pictures")
+            return
         if not text:
             self.say("which picture? /image PATH")
             return
@@ -126,7 +129,7 @@ class _Terminal:
         """Stream one answer; an error is told and the conversation goes on."""
         # Pictures go with the first question that was answered; the chat keeps them from then on.
         images = [] if self.chat.num_images else self.images
-        if not self.images and not self.chat.messages:
+        if not self.images and not self.chat.messages and self.chat.sees:
             self.say("(no picture yet: /image PATH)")
         self.say(ANSWER, end="")
         before = len(self.chat.messages)
