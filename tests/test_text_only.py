@@ -233,7 +233,7 @@ def test_talking_without_pictures(tmp_path: Path) -> None:
             return False
 
     run_terminal(chat, DemoConfig(), input=lambda _: next(lines), output=(said := Output()))  # type: ignore[arg-type]
-    assert "it takes no pictures" in said.text and "no picture yet" not in said.text
+    assert "it takes no pictures" in said.text and "no picture yet" not in said.text and "/image" not in said.text
 
 
 def test_a_blind_twin_talks_about_pictures_that_it_does_not_see(tmp_path: Path) -> None:

@@ -22,12 +22,18 @@ if TYPE_CHECKING:
     from minivlm.serve.assistant import Reply
     from minivlm.serve.chat import Chat
 
-HELP = """\
-  /image PATH   talk about a picture, from the beginning (several paths: several pictures)
-  /reset        begin again with the same picture
+_COMMANDS = """\
   /help         this list
   /quit         leave (as do Ctrl-D, and Ctrl-C while nothing is being answered)
   anything else is a question; Ctrl-C breaks off an answer"""
+HELP = f"""\
+  /image PATH   talk about a picture, from the beginning (several paths: several pictures)
+  /reset        begin again with the same picture
+{_COMMANDS}"""
+TEXT_HELP = f"""\
+  /reset        begin again
+{_COMMANDS}"""
+"""Of a model that takes no pictures."""
 QUESTION = "you: "
 ANSWER = "model: "
 _DIM = "\x1b[2m{}\x1b[0m"
@@ -50,7 +56,7 @@ def run_terminal(
     ``demo.generated_image``.
     """
     session = _Terminal(Assistant(chat, tools), Path(demo.generated_image), output or sys.stdout)
-    session.say(f"{demo.title}\n{HELP}")
+    session.say(f"{demo.title}\n{session.help}")
     if demo.examples:
         session.say("  for example: " + " | ".join(demo.examples))
     if images:
@@ -77,6 +83,7 @@ class _Terminal:
         self.target = target
         self.output = output
         self.images: list[Any] = []
+        self.help = HELP if chat.sees else TEXT_HELP
 
     def say(self, text: str, end: str = "\n") -> None:
         self.output.write(text + end)
@@ -85,7 +92,7 @@ class _Terminal:
     def handle(self, command: str, rest: str, line: str) -> None:
         """One line that is neither empty nor the end."""
         if command == "/help":
-            self.say(HELP)
+            self.say(self.help)
         elif command == "/reset":
             self.chat.reset()
             self.say("a new conversation" + (" about the same picture" if self.images else ""))
