@@ -298,7 +298,7 @@ def answer(folder_or_file: str, version: str, question: str, picture: Path, give
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdin", io.StringIO(f"/image {picture}\n{question}\n/quit\n"))
         assert main(["chat", str(CHATS[version]), "--device", "cpu", "--options", *given]) == 0
-    return str(capsys.readouterr().out.partition("(24 x 20)")[2])
+    return re.sub(r"\(.* tokens/s\)", "", capsys.readouterr().out.partition("(24 x 20)")[2])
 
 
 @pytest.mark.parametrize("model_type", ["v1_small", "v3", "v1_small_moe", "v3_moe"])
