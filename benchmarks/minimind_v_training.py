@@ -6,8 +6,8 @@ an unreduced loss times a mask, Adam, a norm of 1. Ours is the runner's own step
 
 A row of the original's has 73 ids without its caption, 50 of them visual. Captions are made of words of one id each, as
 many as a log-normal distribution says (median 21, sigma 0.4, 8 to 110, seed 0): rows then have about 100 ids, as there.
-Only ids that are no padding count. The steps take turns; medians of ids a second, by the clock and by CPU time. With one
-thread CPU time is steady on a busy machine, so it decides.
+Only ids that are no padding count. The steps take turns; medians of ids a second, by the clock and by CPU time. With
+one thread CPU time is steady on a busy machine, so it decides.
 
     python benchmarks/minimind_v_training.py           # --quick: fewer steps; --threads 2
 """
