@@ -41,8 +41,8 @@ TINY_ENCODER = {
 }
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_k": 8}
 GOALS = {"greedy": 1.0, "sampling": 1.0, "eight at a time": 4.0}
-NOISE = 0.02
-"""What equals a plain loop may measure as so much slower."""
+NOISE = 0.05
+"""On a busy machine, medians of what is equally fast differ by so much; the loop is matched, not beaten."""
 
 
 def build(dtype: str) -> VisionLanguageModel:
@@ -140,7 +140,7 @@ def main() -> int:
     print(f"{'tokens a CPU second':<22}{'':>8}{'against':>24}{'ratio':>9}{'goal':>7}")
     for name, other in against.items():
         ratio = rates[name] / rates[other]
-        missed |= ratio < GOALS[name] * (1 - NOISE)
+        missed |= ratio < GOALS[name] * (1 - NOISE if other.startswith("loop") else 1)
         print(f"{name:<22}{rates[name]:8.1f}{other:>16}{rates[other]:8.1f}{ratio:7.2f} x{GOALS[name]:7.1f}")
     if missed:
         print("a goal is missed")

@@ -18,6 +18,9 @@ ROOM = 256
 class RoomyLayer(DynamicLayer):
     """Keys and values [B, heads, L, head_dim] of one layer, the first part of tensors that have room behind it."""
 
+    keys: Any
+    values: Any
+
     def __init__(self) -> None:
         super().__init__()
         self._stores: dict[str, Tensor] = {}
