@@ -14,7 +14,7 @@ from PIL import Image
 from minivlm import cli
 from minivlm.api import assemble
 from minivlm.config import load_config
-from minivlm.evaluation.comparison import MOST_ROWS, Comparison, draw_comparison, pattern, render_html
+from minivlm.evaluation.comparison import MOST_ROWS, Asked, Comparison, draw_comparison, pattern, render_html
 from minivlm.serve import compare
 from minivlm.serve.chat import Chat
 from minivlm.serve.flags import ServeError
@@ -134,16 +134,15 @@ def test_keywords_are_scored_without_asking_again(work: Path, capsys: pytest.Cap
     ],
 )
 def test_words(words: list[str], answer: str, right: bool) -> None:
-    found = Comparison(
-        "?", Path(), ["x.png"], ["m"], [[{"answer": answer, "tokens": 1, "seconds": 1}]], {"x.png": words}
-    )
+    asked = [Asked("x.png", Path("x.png"), "?", words)]
+    found = Comparison("?", asked, ["m"], [[{"answer": answer, "tokens": 1, "seconds": 1}]])
     assert found.verdict(0, 0) is right and pattern(words)
 
 
 def test_the_page_escapes_and_the_picture_stays_small(tmp_path: Path) -> None:
-    names = [f"<b>{number}" for number in range(3 * MOST_ROWS)]
+    asked = [Asked(f"<b>{n}", tmp_path / f"{n}.png", "<u>?", [] if n else ["x_1"]) for n in range(3 * MOST_ROWS)]
     line = {"answer": "<i>$x_1$</i> \x0b" + "long " * 200, "tokens": 1, "seconds": 0.5}
-    found = Comparison("<u>?", tmp_path, names, ["<s>m"], [[line] * len(names)], {names[0]: ["x_1"]})
+    found = Comparison("<u>?", asked, ["<s>m"], [[line] * len(asked)])
     page = render_html(found, "<title>")
     assert (
         not any(tag in page for tag in ("<b>", "<i>", "<u>", "<s>", "<title><"))
