@@ -35,6 +35,11 @@ class Asked:
     question: str
     words: Sequence[str] = ()
 
+    @property
+    def text(self) -> str:
+        """The question without the place of its picture."""
+        return self.question.replace(IMAGE_MARKER, "").strip()
+
 
 @dataclass
 class Comparison:
@@ -53,8 +58,7 @@ class Comparison:
         asked = self.asked[number]
         if asked.question == self.title:
             return asked.name
-        question = asked.question.replace(IMAGE_MARKER, "").strip()
-        return f"{question} ({' / '.join(asked.words)})" if asked.words else question or asked.name
+        return f"{asked.text} ({' / '.join(asked.words)})" if asked.words else asked.text or asked.name
 
     def verdict(self, model: int, number: int) -> bool | None:
         """Whether the answer holds a word of its question; None without words or answer."""

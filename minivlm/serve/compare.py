@@ -125,17 +125,17 @@ def _ask_all(
 def _leave_out_unreadable(answers: AnswerFile, asked: Sequence[Asked]) -> None:
     from minivlm.processors.image import open_image
 
-    reasons: dict[str, str] = {}
+    reasons: dict[int, str] = {}
     for number in answers.todo:
-        each = asked[number % len(asked)]
-        if each.name not in reasons:
+        place = number % len(asked)
+        if place not in reasons:
             try:
-                open_image(each.picture)
-                reasons[each.name] = ""
+                open_image(asked[place].picture)
+                reasons[place] = ""
             except OSError as error:
-                reasons[each.name] = str(error)
-        if reasons[each.name]:
-            answers.add(number, "error", reasons[each.name])
+                reasons[place] = str(error)
+        if reasons[place]:
+            answers.add(number, "error", reasons[place])
 
 
 def _ask_model(
@@ -149,7 +149,7 @@ def _ask_model(
     chat = Chat(model, processor, **decoding(stage.demo))
     for number in numbers:
         each = asked[number % len(asked)]
-        print(f"\n[Image]: {each.name}\n[Q]: {each.question}\n[A]: ", end="", flush=True)
+        print(f"\n[Image]: {each.name}\n[Q]: {each.text}\n[A]: ", end="", flush=True)
         chat.reset()
         torch.manual_seed(stage.run.seed)  # for every picture: a run that goes on answers the same
         start = time.perf_counter()
