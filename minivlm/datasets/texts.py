@@ -10,6 +10,7 @@ from typing import Any
 from minivlm.config.experiment import Experiment
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.records import kind_of, scan_records
+from minivlm.processors.configs import TemplateConfig
 from minivlm.processors.template import Template, TemplateError, Text
 from minivlm.types import IMAGE_MARKER, SampleError
 
@@ -32,22 +33,22 @@ def read_texts(paths: Sequence[Path]) -> Iterator[str]:
         yield from _READERS[suffix](path)
 
 
-def experiment_texts(experiment: Experiment) -> Iterator[str]:
+def experiment_texts(experiment: Experiment, template: TemplateConfig) -> Iterator[str]:
     """Every training sample of an experiment as its template writes it; no picture is opened.
 
-    Raises :class:`DatasetError` for a dataset that cannot be used, and for the first bad sample, with its name.
+    ``template`` is for stages that get theirs from a checkpoint, which need not be there yet. Raises
+    :class:`DatasetError` for a dataset that cannot be used, and for the first bad sample, with its name.
     """
     from minivlm.datasets.training_set import build_datasets, build_split  # needs torch
 
     for stage in experiment.stages:
-        assert stage.model.template
-        template = Template(stage.model.template.config)
+        form = Template(stage.model.template.config if stage.model.template else template)
         for source in build_split(build_datasets(stage.datasets), stage.run.train_splits):
             samples = source.sized
             for number in range(len(samples)):
                 try:
                     sample = samples[number]
-                    segments = template.render(sample.messages, pictures=len(sample.images))
+                    segments = form.render(sample.messages, pictures=len(sample.images))
                 except SampleError as error:
                     raise DatasetError(f"datasets.{source.key}: {error}") from error
                 except TemplateError as error:

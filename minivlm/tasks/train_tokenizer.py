@@ -14,8 +14,9 @@ from minivlm.config.loader import load_config, parse_model
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.texts import experiment_texts, read_texts
 from minivlm.io import atomic_folder, readable_size
+from minivlm.processors.configs import TemplateConfig
 from minivlm.processors.tokenizer import TokenizerError
-from minivlm.processors.train_tokenizer import TokenizerTokens, bytes_per_token, tokens_of_template, train_tokenizer
+from minivlm.processors.train_tokenizer import bytes_per_token, tokens_of_template, train_tokenizer
 
 HELD_OUT_EVERY = 20
 """One text in so many is not learned from: 5 %."""
@@ -41,8 +42,12 @@ def main(argv: Sequence[str]) -> int:
     output = arguments.output
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise TokenizerError(f"--output: {output} exists and is not an empty folder; name another one")
-    tokens = _tokens(arguments.template, arguments.special)
-    corpus = Corpus(arguments.inputs)
+    template = _template(arguments.template)
+    try:
+        tokens = tokens_of_template(template, arguments.special)
+    except TokenizerError as error:
+        raise TokenizerError(f"--template {arguments.template}: {error}; minimind_v1 and minimind_v3 do") from error
+    corpus = Corpus(arguments.inputs, template)
     with atomic_folder(output) as folder:
         tokenizer = train_tokenizer(corpus, folder, arguments.vocab_size, tokens=tokens)
     print(f"{output}: {summary(tokenizer, corpus)}")
@@ -55,26 +60,31 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _tokens(name: str, special: Sequence[str]) -> TokenizerTokens:
+def _template(name: str) -> TemplateConfig:
     template = parse_model({"checkpoint": "", "template": {"name": name}}, "--template").template
     assert template
-    try:
-        return tokens_of_template(template.config, special)
-    except TokenizerError as error:
-        raise TokenizerError(f"--template {name}: {error}; minimind_v1 and minimind_v3 do") from error
+    config: TemplateConfig = template.config
+    return config
 
 
 class Corpus(Iterable[str]):
-    """The texts to learn from, with lines of progress; ``held_out`` are kept back while it is read."""
+    """The texts to learn from, with lines of progress; ``held_out`` are kept back while it is read.
 
-    def __init__(self, paths: Sequence[Path]):
+    ``template`` writes the samples of experiments that name none.
+    """
+
+    def __init__(self, paths: Sequence[Path], template: TemplateConfig):
         self.paths = paths
+        self.template = template
         self.held_out: list[str] = []
         self._sources = [_source(path) for path in paths]  # a typo in an experiment file shows before all reading
 
     def _texts(self) -> Iterator[str]:
         for source in self._sources:
-            yield from experiment_texts(source) if isinstance(source, Experiment) else read_texts([source])
+            if isinstance(source, Experiment):
+                yield from experiment_texts(source, self.template)
+            else:
+                yield from read_texts([source])
 
     def __iter__(self) -> Iterator[str]:
         self.held_out.clear()
