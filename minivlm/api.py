@@ -18,6 +18,7 @@ from minivlm.checkpoints.llava_folder import describe, describe_language_model
 from minivlm.checkpoints.loading import check_files, check_weights, load_checkpoint, load_parts, names_files
 from minivlm.checkpoints.native import CheckpointError, find_model_folder, read_config, read_manifest
 from minivlm.config import ConfigError, ModelConfig, load_config
+from minivlm.config.experiment import one_alone
 from minivlm.config.loader import list_model_defaults, parse_model
 from minivlm.config.options import parse_options
 from minivlm.models.base import DTYPES, ModelError
@@ -168,7 +169,10 @@ def assemble(
             f"model.checkpoint: {config.checkpoint} does not say which parts it belongs to; "
             "give model.arch and model.model_type, or the parts"
         )
-    assert config.language_model and config.template
+    assert config.vision_encoder and config.connector and config.language_model and config.template
+    wrong = one_alone(config.vision_encoder.name, config.connector.name)
+    if wrong:
+        raise ModelError(f"model.{wrong}")
     if frozen:
         _freeze_all(config)
     _expand_base(config.language_model)
@@ -248,13 +252,16 @@ def build_processor(config: ModelConfig, model: VisionLanguageModel, tokenizer: 
     settings = config.processor.config
     transform = registry.get("processor", settings.image.name)
     inputs = model.vision_encoder.inputs
-    return registry.get("processor", config.processor.name)(
+    processor = registry.get("processor", config.processor.name)(
         settings,
         Template(config.template.config),
         tokenizer,
         {name: transform(settings.image.config, encoder) for name, encoder in inputs.items()},
         model.connector.tokens_per_image,
     )
+    if not inputs:
+        processor.pictures = model.vision_encoder.pictures
+    return processor
 
 
 def _with_checkpoint(config: ModelConfig, folder: Path) -> ModelConfig:

@@ -21,6 +21,7 @@ _PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
         "lavis": ("models.vision.lavis:LavisVisionEncoder", "models.configs:LavisVisionConfig"),
         "convnext_multiscale": ("models.vision.convnext:ConvNeXtMultiscale", "models.configs:ConvNeXtMultiscaleConfig"),
         "dual": ("models.vision.dual:DualVisionEncoder", "models.configs:DualVisionConfig"),
+        "none": ("models.no_vision:NoVisionEncoder", "models.configs:NoVisionConfig"),
     },
     "connector": {
         "linear": ("models.connectors.mlp:LinearConnector", "models.configs:LinearConnectorConfig"),
@@ -31,6 +32,7 @@ _PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
             "models.connectors.patch_info_mining:PatchInfoMining",
             "models.configs:PatchInfoMiningConfig",
         ),
+        "none": ("models.no_vision:NoConnector", "models.configs:NoConnectorConfig"),
     },
     "language_model": {
         "hf": ("models.language.hf:HFLanguageModel", "models.configs:HFLanguageModelConfig"),
@@ -50,6 +52,7 @@ _PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
         "laion": ("datasets.shards:WebDatasetBuilder", "datasets.configs:WebDatasetConfig"),
         "cc_sbu": ("datasets.shards:WebDatasetBuilder", "datasets.configs:WebDatasetConfig"),
         "lavis": ("datasets.lavis:LavisBuilder", "datasets.configs:LavisDatasetConfig"),
+        "text": ("datasets.text:TextBuilder", "datasets.configs:TextConfig"),
     },
     "task": {
         "image_text_pretrain": ("tasks.base:Task", None),
@@ -139,6 +142,8 @@ _SUMMARIES = {
     ("vision_encoder", "lavis"): "any frozen model of LAVIS, run in an environment of its own",
     ("vision_encoder", "convnext_multiscale"): "all four stages of a ConvNeXt joined, OpenCLIP's weights (Mini-Gemini)",
     ("vision_encoder", "dual"): "two encoders, one for each resolution of a picture; with crops (Mini-Gemini-HD)",
+    ("vision_encoder", "none"): "no pictures: a language model alone, or the blind twin of a model",
+    ("connector", "none"): "nothing to connect, with the encoder `none`",
     ("connector", "linear"): "one linear layer (MiniMind-V)",
     ("connector", "mlp"): "linear layers with GELU, optional norm and pixel merge (LLaVA, Imp)",
     ("connector", "qformer"): "BLIP-2's Q-Former and a linear layer (BLIP-2, MiniGPT-4)",
@@ -157,6 +162,7 @@ _SUMMARIES = {
     ("dataset", "cc_sbu"): "MiniGPT-4's first stage: CC and SBU pictures with BLIP captions, in tar shards",
     ("processor", "lavis"): "any picture processor of LAVIS, for model.processor.image",
     ("dataset", "lavis"): "any picture dataset of LAVIS, read by its own builder",
+    ("dataset", "text"): "plain texts to train a language model on, .txt (a text a line) or .jsonl ({text})",
     ("dataset", "blip_laion_cc_sbu_558k"): "first stage of LLaVA-1.5 and Imp: pictures with BLIP captions",
     ("dataset", "llava_v1_5_mix665k"): "second stage of LLaVA-1.5 and Imp: conversations, some without a picture",
     ("dataset", "mgm_pretrain"): "first stage of Mini-Gemini: pictures with captions",

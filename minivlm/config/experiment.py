@@ -26,6 +26,27 @@ class ModelConfig:
         "bring the parts, or a file (path or URL) of MiniGPT-4, MiniGPT-v2 or the first stage of Mini-Gemini",
     )
 
+    def __post_init__(self) -> None:
+        wrong = one_alone(*(part.name if part else None for part in (self.vision_encoder, self.connector)))
+        if wrong:
+            raise ValueError(wrong)
+
+
+NO_VISION = "none"
+"""Name of the encoder and the connector of a model that sees nothing; what is left out of a text model means it."""
+
+
+def one_alone(encoder: str | None, connector: str | None) -> str | None:
+    """The complaint about names of which only one is `none`; None for what fits, or what a checkpoint will name."""
+    if None in (encoder, connector) or (encoder == NO_VISION) == (connector == NO_VISION):
+        return None
+    lacks, other, name = (
+        ("vision_encoder", "connector", connector) if encoder == NO_VISION else ("connector", "vision_encoder", encoder)
+    )
+    return (
+        f"{lacks} none, but {other} {name}: a model that sees has both, a language model alone neither ({other}: none)"
+    )
+
 
 @dataclass
 class RunConfig:

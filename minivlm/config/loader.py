@@ -11,7 +11,7 @@ from typing import Any
 from minivlm import registry
 from minivlm.config.defaults import add_dataset_defaults, add_model_defaults, list_model_defaults
 from minivlm.config.errors import ConfigError, Problem
-from minivlm.config.experiment import Experiment, ModelConfig, StageConfig
+from minivlm.config.experiment import NO_VISION, Experiment, ModelConfig, StageConfig
 from minivlm.config.interpolation import peek, resolve, variables
 from minivlm.config.layers import overlay
 from minivlm.config.legacy import translate
@@ -27,7 +27,8 @@ from minivlm.paths import is_placeholder
 __all__ = ["list_model_defaults", "load_config", "parse_model"]
 
 TOP_KEYS = ("imports", "base", *SECTIONS, "stages")
-_PARTS = ("vision_encoder", "connector", "language_model", "template")
+_VISION = ("vision_encoder", "connector")
+_PARTS = (*_VISION, "language_model", "template")
 
 
 def load_config(path: str | os.PathLike[str], options: Sequence[str] | None = None) -> Experiment:
@@ -71,6 +72,7 @@ def parse_model(container: dict[str, Any], where: str) -> ModelConfig:
             raise ConfigError(problems)
         tree = with_defaults
         problems += resolve(tree)
+    _without_vision(tree)
     model, wrong = validate(tree.values["model"], ModelConfig, tree.problem, ("model",))
     problems += [] if problems else wrong + _missing_parts(tree)
     if problems:
@@ -163,6 +165,7 @@ class _Loading:
         """Add the defaults of one stage, resolve it and build it."""
         with_model = add_model_defaults(tree, self.problems)
         tree = add_dataset_defaults(with_model or tree, self.problems)
+        _without_vision(tree)
         asked = variables(tree)
         unresolved = [*resolve(tree), *_placeholders(tree)]
         # What cannot be resolved would be reported a second time as a value of the wrong type.
@@ -188,8 +191,23 @@ def _missing_parts(tree: Tree) -> list[Problem]:
         if model.get(part) is None:
             known = listing(registry.names(part))
             message = f"a model needs a {part} (one of {known}), unless model.checkpoint or arch and model_type"
-            problems.append(tree.problem(("model", part), f"{message} bring it"))
+            alone = part in _VISION and model.get("language_model") is not None
+            hint = "; a language model alone leaves out vision_encoder and connector" if alone else ""
+            problems.append(tree.problem(("model", part), f"{message} bring it{hint}"))
     return problems
+
+
+def _without_vision(tree: Tree) -> None:
+    """Name the parts `none` that a language model alone leaves out; beside a checkpoint, those that are null."""
+    model = tree.get(("model",))
+    if not isinstance(model, dict):
+        return
+    absent = [part for part in _VISION if model.get(part) is None]
+    if model.get("checkpoint") is not None:
+        absent = [part for part in absent if part in model]
+    elif len(absent) < len(_VISION) or model.get("language_model") is None:
+        return
+    model |= dict.fromkeys(absent, NO_VISION)
 
 
 def _placeholders(tree: Tree) -> list[Problem]:

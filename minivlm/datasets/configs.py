@@ -128,6 +128,21 @@ class TextJsonConfig(RecordConfig):
 
 
 @dataclass(kw_only=True)
+class TextConfig(DatasetConfig):
+    """Plain texts, one file or several for a split: ``.txt`` with a text a line, ``.jsonl`` with ``{text}`` a line."""
+
+    annotations: dict[str, str | list[str]] | str | list[str] = setting(
+        help="file, list of files, or one of both for each split"
+    )
+    max_characters: int | None = setting(
+        None,
+        ge=16,
+        help="longer texts are cut into pieces, at a line break or a blank where there is one; what is longer than "
+        "model.processor.max_length in tokens loses its end",
+    )
+
+
+@dataclass(kw_only=True)
 class EasyVQAConfig(DatasetConfig):
     """easy-VQA from its PyPI package, with the official test split."""
 

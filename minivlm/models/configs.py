@@ -13,6 +13,23 @@ DEVICE_MAPS = ("auto", "balanced", "sequential")
 
 
 @dataclass
+class NoVisionConfig:
+    """No encoder: the model is its language model, for text alone; with ``connector: none``."""
+
+    pictures: str = setting(
+        "refuse",
+        choices=("refuse", "drop"),
+        help="of a sample or a question with a picture; refuse: it is an error; drop: pictures and their markers are "
+        "left out, which makes the blind twin of a model, the baseline for what it sees",
+    )
+
+
+@dataclass
+class NoConnectorConfig:
+    """Nothing to connect: with ``vision_encoder: none``."""
+
+
+@dataclass
 class HFVisionConfig:
     """Any vision model of transformers."""
 

@@ -59,9 +59,20 @@ class TemplateConfig:
     cut: list[str] = setting(
         factory=lambda: ["image"], choices=("image", "answer"), help="where text is split before tokenisation"
     )
-    bos: str = setting("auto", choices=("auto", "always", "never"), help="auto: as the tokenizer does by itself")
+    bos: str = setting(
+        "auto",
+        choices=("auto", "always", "known", "never"),
+        help="auto: as the tokenizer does by itself; known: where the tokenizer has a begin token",
+    )
+    eos: str = setting(
+        "never", choices=("never", "always"), help="the tokenizer's end token behind the last answer, supervised"
+    )
     supervise: str = setting("all", choices=("all", "last"), help="which answers are supervised")
-    leading_assistant: str = setting("error", choices=("error", "drop", "keep"), help="a first turn of the assistant")
+    leading_assistant: str = setting(
+        "error",
+        choices=("error", "drop", "keep", "alone"),
+        help="a first turn of the assistant; alone: kept, and it may be all there is, as a document is",
+    )
     stop: list[str] = setting(factory=list, help="strings that end an answer")
     chat: dict[str, Any] = setting(factory=dict, help="keys that differ when the model is talked to")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from minivlm.processors.configs import ProcessorConfig
 from minivlm.processors.image import ImageTransform, image_hash, open_image
 from minivlm.processors.sharing import Picture, share_equal
-from minivlm.processors.template import Template, TemplateError, count_slots, tokenize
+from minivlm.processors.template import Segment, Template, TemplateError, count_slots, tokenize
 from minivlm.types import (
     IGNORE_INDEX,
     IMAGE_MARKER,
@@ -37,8 +37,11 @@ class VLMProcessor:
     """Template, tokenizer and picture transforms of one model.
 
     ``transforms`` has one entry for every picture input of the encoder. ``feature_cache`` may be set; then
-    pictures are neither decoded nor transformed, and one that it lacks makes its sample a bad one.
+    pictures are neither decoded nor transformed, and one that it lacks makes its sample a bad one. ``pictures`` is
+    another word than ``take`` for a model without an encoder: its setting ``pictures``.
     """
+
+    pictures: str = "take"
 
     def __init__(
         self,
@@ -212,25 +215,43 @@ class VLMProcessor:
         seed: int | None = None,
     ) -> Encoded:
         form = self.template.chat_config if chat else self.template.config
-        draw = None if seed is None else random.Random(f"{seed}/{sample_id}/template")
+        pictures = encoded_images + len(images)
+        if pictures and self.pictures == "refuse":
+            raise SampleError(
+                sample_id,
+                "it has a picture, but the model has no vision encoder (model.vision_encoder: none); "
+                "`pictures: drop` there leaves pictures out",
+            )
+
+        segments = self._segments(sample_id, messages, pictures, chat, seed)
+        if pictures and self.pictures == "drop":
+            messages, images, pictures = [self.template.without_images(each) for each in messages], (), 0
+            segments = self._segments(sample_id, messages, pictures, chat, seed)
+        sizes = [self.tokens_per_image] * pictures
         try:
-            pictures = encoded_images + len(images)
-            segments = self.template.render(messages, chat=chat, pictures=pictures, draw=draw)
+            ids, labels = tokenize(segments, self.tokenizer, sizes, form.bos, form.eos)
         except TemplateError as error:
             raise SampleError(sample_id, str(error)) from error
-        slots = count_slots(segments)
-        pictures = encoded_images + len(images)
-        if slots != pictures:
-            written = sum((message.content or "").count(IMAGE_MARKER) for message in messages)
-            raise SampleError(sample_id, f"{written} {IMAGE_MARKER} markers in the text, but {pictures} pictures")
-        sizes = [self.tokens_per_image] * pictures
-        ids, labels = tokenize(segments, self.tokenizer, sizes, form.bos)
         encoded = Encoded(ids, labels, tokens_per_image=sizes, sample_id=sample_id)
         try:
             self._add_images(encoded, images, seed)
         except OSError as error:
             raise SampleError(sample_id, str(error)) from error
         return encoded
+
+    def _segments(
+        self, sample_id: str, messages: Sequence[Message], pictures: int, chat: bool, seed: int | None
+    ) -> list[Segment]:
+        """The rendered messages, which must have a place for every picture."""
+        draw = None if seed is None else random.Random(f"{seed}/{sample_id}/template")
+        try:
+            segments = self.template.render(messages, chat=chat, pictures=pictures, draw=draw)
+        except TemplateError as error:
+            raise SampleError(sample_id, str(error)) from error
+        if count_slots(segments) != pictures:
+            written = sum((message.content or "").count(IMAGE_MARKER) for message in messages)
+            raise SampleError(sample_id, f"{written} {IMAGE_MARKER} markers in the text, but {pictures} pictures")
+        return segments
 
     def _add_images(self, encoded: Encoded, images: Sequence[Any], seed: int | None) -> None:
         if self.feature_cache is not None and images:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,15 @@ class Template:
             return text
         return f"{IMAGE_MARKER}{self.config.image_separator}" * count + text
 
+    def without_images(self, message: Message) -> Message:
+        """A message without the places of its pictures, and without the break or blank that belongs to each."""
+        text = _marked(self.config, message.content or "")
+        if IMAGE_MARKER not in text:
+            return message
+        separator = re.escape(self.config.image_separator)
+        text = re.sub(rf"\s?(?:{IMAGE_MARKER})+\s*\Z|(?:{IMAGE_MARKER})+(?:{separator}|[ \n])?", "", text)
+        return Message(message.role, text)
+
     def render(
         self,
         messages: Sequence[Message],
@@ -91,7 +101,7 @@ class Template:
             system = draw.choice(config.systems)
         empty_thoughts = not draw or draw.random() < config.think_share
         answers = [i for i, m in enumerate(turns) if m.role == "assistant" and m.content is not None]
-        first_user = next(i for i, m in enumerate(turns) if m.role == "user")
+        first_user = next((i for i, m in enumerate(turns) if m.role == "user"), None)
         segments: list[Segment] = []
         system_text = config.system_prefix + system + config.system_suffix if system else ""
         if not config.system_in_user:
@@ -125,8 +135,8 @@ def _check_turns(config: TemplateConfig, messages: Sequence[Message]) -> tuple[s
         system = turns.pop(0).content or ""
     if turns and turns[0].role == "assistant" and config.leading_assistant == "drop":
         turns.pop(0)
-    led = [m.role for m in turns[:1]] == ["assistant"] and config.leading_assistant == "keep"
-    if len(turns) <= led:
+    led = [m.role for m in turns[:1]] == ["assistant"] and config.leading_assistant in ("keep", "alone")
+    if not turns or (len(turns) == led and config.leading_assistant != "alone"):
         raise TemplateError("no user turn")
     for index, message in enumerate(turns):
         expected = ("user", "assistant")[(index + led) % 2]
@@ -214,17 +224,19 @@ def count_slots(segments: Sequence[Segment]) -> int:
 
 
 def tokenize(
-    segments: Sequence[Segment], tokenizer: Any, tokens_per_image: Sequence[int], bos: str = "auto"
+    segments: Sequence[Segment], tokenizer: Any, tokens_per_image: Sequence[int], bos: str = "auto", eos: str = "never"
 ) -> tuple[list[int], list[int]]:
     """Segments to ``(input_ids, labels)`` of equal length.
 
     Every run of text between slots and cuts is tokenised once, without special tokens of the tokenizer's
     own; a token is supervised when its characters overlap a supervised text. Picture k takes
-    ``tokens_per_image[k]`` positions of IMAGE_TOKEN_ID.
+    ``tokens_per_image[k]`` positions of IMAGE_TOKEN_ID. With ``eos: always`` the end token follows what is supervised
+    to its end, not an open turn. Raises :class:`TemplateError` where the tokenizer lacks a token that must be.
     """
     ids: list[int] = []
     labels: list[int] = []
-    if bos == "always" or (bos == "auto" and adds_bos(tokenizer)):
+    known = bos == "known" and tokenizer.bos_token_id is not None
+    if bos == "always" or known or (bos == "auto" and adds_bos(tokenizer)):
         if tokenizer.bos_token_id is None:
             raise TemplateError("template.bos: always, but the tokenizer has no BOS token")
         ids.append(tokenizer.bos_token_id)
@@ -243,6 +255,12 @@ def tokenize(
             size = next(sizes)
             ids += [IMAGE_TOKEN_ID] * size
             labels += [IGNORE_INDEX] * size
+    last = next((each for each in reversed(segments) if isinstance(each, Text)), None)
+    if eos == "always" and last is not None and last.supervised:
+        if tokenizer.eos_token_id is None:
+            raise TemplateError("template.eos: always, but the tokenizer has no end token")
+        ids.append(tokenizer.eos_token_id)
+        labels.append(tokenizer.eos_token_id)
     return ids, labels
 
 

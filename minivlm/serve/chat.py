@@ -157,7 +157,10 @@ class Chat:
         """Everything that can go wrong before the model is needed."""
         state = self._state
         text = self.processor.template.with_images(text, len(images))
-        messages = [*state.messages, Message("user", text)]
+        question = Message("user", text)
+        if self.processor.pictures == "drop":
+            question, images = self.processor.template.without_images(question), ()
+        messages = [*state.messages, question]
         batch = self.processor.prompt(messages, images, encoded_images=state.num_images)
         settings = self.options | options
         limit, used = self.context_length(), batch.input_ids.shape[1]

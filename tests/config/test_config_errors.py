@@ -119,7 +119,7 @@ def test_unknown_and_missing_names_of_parts(faults):
     assert lines[0].startswith("x.yaml:2: model.vision_encoder: unknown vision_encoder 'timmm' (did you mean 'timm'?)")
     assert lines[1] == (
         "x.yaml:3: model.connector.name: the name of a registered connector is missing: one of 'linear', 'mlp', "
-        "'patch_info_mining', 'patch_merge', 'qformer'"
+        "'none', 'patch_info_mining', 'patch_merge', 'qformer'"
     )
     assert lines[2].startswith("x.yaml:5: model.language_model: expected the name of a language_model or a mapping")
 
