@@ -154,7 +154,9 @@ def draw_comparison(found: Comparison, path: Path) -> bool:
 
     count = min(len(found.asked), MOST_ROWS)
     chosen = [number * len(found.asked) // count for number in range(count)]
-    width, height = 2.2 + 3.2 * len(found.models), 0.9 + 2.1 * count  # inches
+    lines = max(_shown(found, model, number).count("\n") + 1 for number in chosen for model in range(len(found.models)))
+    row, gap = max(0.9, 0.14 + 0.16 * lines), 0.36  # inches, as all sizes
+    width, height = 2.2 + 3.2 * len(found.models), 0.9 + (row + gap) * count
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     ratios = [2.0, *[3.2] * len(found.models)]
@@ -168,7 +170,7 @@ def draw_comparison(found: Comparison, path: Path) -> bool:
     rest = f" ({count} of {len(found.asked)} pictures)" if count < len(found.asked) else ""
     question = wrap(found.title + rest, int(width * 9), 2)
     figure.suptitle(question, y=1 - 0.12 / height, fontsize=11, va="top", parse_math=False, fontfamily=font)
-    figure.subplots_adjust(0.02, 0.25 / height, 0.98, 1 - 0.75 / height, wspace=0.06, hspace=0.2)
+    figure.subplots_adjust(0.02, 0.25 / height, 0.98, 1 - 0.75 / height, wspace=0.06, hspace=gap / row)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         figure.savefig(path, format="png")
@@ -188,15 +190,20 @@ def _draw_row(axes: Sequence[Any], found: Comparison, number: int) -> None:
     for spine in axes[0].spines.values():
         spine.set_visible(False)
     for model, axis in enumerate(axes[1:]):
-        line, verdict = found.answers[model][number], found.verdict(model, number)
+        verdict = found.verdict(model, number)
         colour = {True: RIGHT, False: WRONG, None: "#59636e"}[verdict]
         for spine in axis.spines.values():
             spine.set(color=colour, linewidth=2 if verdict is not None else 0.8)
-        sign = {True: "✓ ", False: "✗ ", None: ""}[verdict]
-        text = sign + (line.get("answer", line.get("error")) or "(no answer)")
-        text = wrap(re.sub(r"[\x00-\x1f\x7f]", " ", text), 22 if _is_wide(text) else 44, 10)
         place = {"x": 0.03, "y": 0.95, "va": "top", "fontsize": 8.5, "color": "#222222", "clip_on": True}
-        axis.text(s=text, transform=axis.transAxes, parse_math=False, fontfamily=font, **place)
+        axis.text(s=_shown(found, model, number), transform=axis.transAxes, parse_math=False, fontfamily=font, **place)
+
+
+def _shown(found: Comparison, model: int, number: int) -> str:
+    """An answer in lines, at most ten, behind the sign of its verdict."""
+    line = found.answers[model][number]
+    sign = {True: "✓ ", False: "✗ ", None: ""}[found.verdict(model, number)]
+    text = sign + (line.get("answer", line.get("error")) or "(no answer)")
+    return wrap(re.sub(r"[\x00-\x1f\x7f]", " ", text), 22 if _is_wide(text) else 44, 10)
 
 
 def _is_wide(text: str) -> bool:
