@@ -17,6 +17,7 @@ from minivlm.checkpoints.files import is_llava_folder
 from minivlm.checkpoints.llava_folder import describe, describe_language_model
 from minivlm.checkpoints.loading import check_files, check_weights, load_checkpoint, load_parts, names_files
 from minivlm.checkpoints.native import CheckpointError, find_model_folder, read_config, read_manifest
+from minivlm.checkpoints.parts import check_tokenizer
 from minivlm.config import ConfigError, ModelConfig, load_config
 from minivlm.config.experiment import one_alone
 from minivlm.config.loader import list_model_defaults, parse_model
@@ -172,7 +173,7 @@ def assemble(
     assert config.vision_encoder and config.connector and config.language_model and config.template
     wrong = one_alone(config.vision_encoder.name, config.connector.name)
     if wrong:
-        raise ModelError(f"model.{wrong}")
+        raise ModelError(f"model: {wrong}")
     if frozen:
         _freeze_all(config)
     _expand_base(config.language_model)
@@ -187,6 +188,8 @@ def assemble(
     tokenizer = load_tokenizer(
         tokenizer_path, getattr(language, "revision", None), getattr(language, "special_tokens", None)
     )
+    if config.language_model.weights:
+        check_tokenizer(tokenizer, tokenizer_path, config.language_model.weights)
     if meta or names_files(config):
         model = _build(config, len(tokenizer), meta=True)
         check_weights(model, config, fetch=not meta)

@@ -66,6 +66,7 @@ def to_transformers(job: Job) -> None:
     from minivlm.checkpoints.to_transformers import export_transformers
 
     model, processor = _assembled(job)
+    _refuse_blind(model)
     done = export_transformers(model, processor, job.target, check=job.check)
     print(
         f"{job.target}: LlavaForConditionalGeneration, {done.parameters:,} parameters, "
@@ -108,8 +109,21 @@ def _write_minimind(job: Job, alone: bool) -> None:
 
     folder = model_folder(job.source)
     stage = read_manifest(folder).stage if folder else Path(job.source).stem
-    file, names = write_minimind(job.target, _assembled(job)[0], alone=alone, stage=stage)
+    model, _ = _assembled(job)
+    if not alone:
+        _refuse_blind(model)
+    file, names = write_minimind(job.target, model, alone=alone, stage=stage)
     print(f"{file}: {len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+
+
+def _refuse_blind(model: VisionLanguageModel) -> None:
+    from minivlm.checkpoints.report import CheckpointError
+
+    if not model.vision_encoder.inputs:
+        raise CheckpointError(
+            "a model of this format has a vision encoder and a connector, this one is a language model alone "
+            "(model.vision_encoder: none): --to transformers_llm or minimind_llm"
+        )
 
 
 def _assembled(job: Job) -> tuple[VisionLanguageModel, VLMProcessor]:
@@ -149,6 +163,7 @@ def _write_folder(job: Job, layout: Layout) -> None:
     from minivlm.models.base import DTYPES
 
     model, processor, config = assemble_own(job.source, job.cfg_path, job.options)
+    _refuse_blind(model)
     if job.dtype:
         cast(model, DTYPES[job.dtype])
     names = write_folder(job.target, layout, model, processor, config)

@@ -117,4 +117,9 @@ def minigpt4_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A boat."}]
     records = [{"id": str(n), "image": f"{n}.png", "conversations": turns} for n in range(4)]
     (folder / "llava.json").write_text(json.dumps(records))
+    chat = {
+        "conversations": [{"role": "user", "content": "what is a boat?"}, {"role": "assistant", "content": "A ship."}]
+    }
+    (folder / "chats.jsonl").write_text(f"{json.dumps(chat)}\n" * 4)
+    (folder / "texts.txt").write_text("A boat. It is red.\n" * 4)
     return folder

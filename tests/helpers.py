@@ -166,6 +166,16 @@ def imp_options(file: Path, data: Path) -> list[str]:
     return [*sizes, *bases, "model.checkpoint=null", *records]
 
 
+def minimind_options(file: Path, data: Path) -> list[str]:
+    """What a shipped file of MiniMind's language model needs beside its user's data."""
+    if not file.name.startswith("minimind_llm"):
+        return []
+    name, texts = ("text", "texts.txt") if "pretrain" in file.name else ("llava_json", "chats.jsonl")
+    records = [f"datasets.{name}.annotations.{split}={data / texts}" for split in ("train", "val")]
+    sizes = ["run.batch_size_train=2", "run.global_batch_size=4", "run.num_workers=0"]
+    return [*sizes, *records, "model.checkpoint=null", "model.language_model.tokenizer=asset:quickstart"]
+
+
 def make_lavis_python(folder: Path, versions: dict[str, str | None] | None = None) -> str:
     """An interpreter whose packages are ``tests/fake_lavis`` and, by their metadata, those that LAVIS needs."""
     named = {"salesforce-lavis": "1.0.2", "transformers": "4.26.1", "timm": "0.4.12", "fairscale": "0.4.4"}

@@ -31,6 +31,8 @@ ANSWERS = {
 class StubChat:
     """What the page asks of a :class:`~minivlm.serve.chat.Chat`."""
 
+    sees = True
+
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self.num_images = 0

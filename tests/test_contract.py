@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, imp_options, minigpt4_options, tiny_model
+from helpers import ROOT, imp_options, minigpt4_options, minimind_options, tiny_model
 from mini_gemini_parts import CONVNEXT_L
 from PIL import Image
 
@@ -17,6 +17,7 @@ from minivlm import builtins, cli, registry
 from minivlm.api import assemble
 from minivlm.config import ConfigError, load_config, to_container
 from minivlm.config.defaults import read_model
+from minivlm.config.experiment import NO_VISION
 from minivlm.config.loader import list_model_defaults, parse_model
 from minivlm.models.base import Connector, LanguageModel, VisionEncoder
 from minivlm.processors.template import Template
@@ -73,6 +74,11 @@ def _lavis(fake_lavis: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIVLM_LAVIS_PYTHON", fake_lavis)
 
 
+def seeing(kind: str) -> list[str]:
+    """The parts of a kind but those of a model that sees nothing, which test_text_only.py tests."""
+    return [name for name in registry.names(kind) if name != NO_VISION]
+
+
 def part(kind: str, name: str) -> Any:
     """The typed settings of a part, through the same checks as those of a file."""
     assert name in TINY[kind], f"add tiny settings of {kind} '{name}' to TINY"
@@ -113,7 +119,7 @@ def test_every_name_resolves_and_its_settings_are_a_documented_dataclass(kind: s
         assert entry.summary, f"{kind} '{name}' has no summary for `minivlm list`"
 
 
-@pytest.mark.parametrize("name", registry.names("vision_encoder"))
+@pytest.mark.parametrize("name", seeing("vision_encoder"))
 def test_every_encoder_keeps_what_it_declares(name: str) -> None:
     built = build("vision_encoder", name).train()
     pixels = {key: torch.randn(2, 3, settings["size"], settings["size"]) for key, settings in built.inputs.items()}
@@ -137,7 +143,7 @@ def test_every_encoder_keeps_what_it_declares(name: str) -> None:
     assert (shapes.num_tokens, shapes.hidden_size, shapes.grid) == (built.num_tokens, built.hidden_size, built.grid)
 
 
-@pytest.mark.parametrize("name", registry.names("connector"))
+@pytest.mark.parametrize("name", seeing("connector"))
 def test_every_connector_keeps_what_it_declares(name: str) -> None:
     vision = encoder(name)
     built = build("connector", name, vision, 32)
@@ -174,7 +180,7 @@ def test_every_language_model_keeps_what_it_declares(name: str) -> None:
     assert new.shape[0] == 2 and 1 <= new.shape[1] <= 3, "only the new ids"
 
 
-@pytest.mark.parametrize(("kind", "name"), [(k, n) for k, n in NAMES if k in BASES])
+@pytest.mark.parametrize(("kind", "name"), [(k, n) for k in BASES for n in seeing(k)])
 def test_every_part_trains_inside_of_a_model(kind: str, name: str) -> None:
     section = tiny_model()
     section[kind] = {"name": name, **TINY[kind][name]}
@@ -202,7 +208,7 @@ def test_every_template_passes_the_schema(name: str) -> None:
     config = parse_model({**tiny_model(), "template": name}, "test")
     assert config.template is not None and config.template.name == name
     built = Template(config.template.config)
-    assert built.stop
+    assert built.stop or built.config.eos == "always"
     text = registry.get("template", name).read_text()
     assert text.startswith("#"), "a template says in its first line what it is for"
 
@@ -228,7 +234,8 @@ def test_there_are_files_of_both_uses() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_every_shipped_file_passes_the_schema(file: Path, minigpt4_data: Path) -> None:
-    experiment = load_config(file, [*minigpt4_options(file, minigpt4_data), *imp_options(file, minigpt4_data)])
+    given = [options(file, minigpt4_data) for options in (minigpt4_options, imp_options, minimind_options)]
+    experiment = load_config(file, [option for options in given for option in options])
     assert experiment.stages and not experiment.notes, "no key of an old system"
     assert file.read_text().startswith("#"), "a file says in its first line what it is for"
     for stage in experiment.stages:
@@ -263,6 +270,7 @@ def test_every_training_file_passes_a_dry_run(
         "run.device=cpu",
         *minigpt4_options(file, minigpt4_data),
         *imp_options(file, minigpt4_data),
+        *minimind_options(file, minigpt4_data),
     ]
     code = cli.train(["--cfg-path", str(file), "--dry-run", "--options", *options])
     shown = capsys.readouterr().out

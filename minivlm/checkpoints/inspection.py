@@ -12,6 +12,7 @@ from minivlm.checkpoints.foreign import Row, measure, translate
 from minivlm.checkpoints.llava_folder import describe
 from minivlm.checkpoints.loading import identify, what_else
 from minivlm.checkpoints.native import WEIGHTS, find_model_folder, read_config, read_manifest
+from minivlm.config.experiment import NO_VISION
 from minivlm.io import readable_size
 from minivlm.models.hub import weight_files
 from minivlm.models.vlm import PARTS
@@ -102,6 +103,9 @@ def _model_folder(folder: Path) -> list[Row]:
     rows = [("format", f"model folder of minivlm {manifest.minivlm}: {folder}"), ("good for", "model.checkpoint")]
     for part, source in manifest.sources.items():
         name = _mapping(config.get(part)).get("name")
+        if name == NO_VISION:
+            rows.append((part, "none: a language model alone"))
+            continue
         whole = "all of it is here" if part in manifest.complete else ""
         base = f"base {source.get('path', '')} {source.get('also', '')}".rstrip() if source else ""
         rows.append((part, f"{name}: {whole or base or 'partly here'}"))

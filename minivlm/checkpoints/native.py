@@ -19,7 +19,7 @@ from torch import Tensor
 from minivlm import registry
 from minivlm.checkpoints.files import read_weights
 from minivlm.checkpoints.report import CheckpointError, LoadReport, fill
-from minivlm.config.experiment import ModelConfig, to_container
+from minivlm.config.experiment import NO_VISION, ModelConfig, to_container
 from minivlm.config.source import read_yaml
 from minivlm.io import atomic_folder, write_json
 from minivlm.models.base import PartModule
@@ -259,6 +259,8 @@ def load_weights(model: VisionLanguageModel, folder: Path) -> LoadReport:
     if not report.fits:
         lost = sorted({f"model.{name.split('.')[0]}.lora" for name in report.unexpected if is_adapter(name)})
         hint = f" with LoRA: set {' and '.join(lost)} as there, or fold it in with `minivlm merge`" if lost else ""
+        if bool(model.vision_encoder.inputs) != (read_config(folder)["vision_encoder"].get("name") != NO_VISION):
+            hint = f" (only one of the two sees); its language model alone is model.language_model.weights: {folder}"
         raise CheckpointError(f"{folder} is a checkpoint of another model{hint}:\n{report}")
     _check_alpha(model, folder, adapted)
     fill(model, state, str(folder))

@@ -14,6 +14,7 @@ from minivlm.config.experiment import ModelConfig
 from minivlm.models.hub import hash_tensors
 from minivlm.models.lora import base_state, file_name, is_adapter
 from minivlm.models.vlm import VisionLanguageModel
+from minivlm.processors.tokenizer import load_tokenizer
 
 
 def model_folder(path: str) -> Path | None:
@@ -29,6 +30,24 @@ def model_folder(path: str) -> Path | None:
 def check_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:
     """Compare a part with that of a model folder by names and shapes; raises :class:`CheckpointError`."""
     return _compare(model, part, path, _tensors(part, path, shapes_only=True))
+
+
+def check_tokenizer(tokenizer: Any, path: str, weights: str) -> None:
+    """Refuse a tokenizer, which ``path`` names, whose ids are not those that a model folder was trained with.
+
+    It may have more entries. Raises :class:`CheckpointError`.
+    """
+    folder = model_folder(weights)
+    if folder is None or Path(path).resolve() == (folder / "tokenizer").resolve():
+        return
+    own, theirs = tokenizer.get_vocab(), load_tokenizer(str(folder / "tokenizer")).get_vocab()
+    other = [token for token, number in sorted(theirs.items(), key=lambda item: item[1]) if own.get(token) != number]
+    if other:
+        raise CheckpointError(
+            f"model.language_model.tokenizer: {path} is not the tokenizer that {weights} was trained with: "
+            f"{len(other)} of {len(theirs)} entries have another id or none, the first is {other[0]!r}; give "
+            f"{folder / 'tokenizer'}"
+        )
 
 
 def load_part(model: VisionLanguageModel, part: str, path: str) -> LoadReport:

@@ -14,7 +14,7 @@ from minivlm.models.language.hf import HFLanguageModel
 from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.chat_template import to_jinja
 from minivlm.processors.processor import VLMProcessor
-from minivlm.processors.template import adds_bos
+from minivlm.processors.template import adds_bos, begins
 
 _WORDS = 32
 
@@ -61,7 +61,7 @@ def _save_tokenizer(processor: VLMProcessor, folder: Path) -> None:
 
     tokenizer, form = copy.deepcopy(processor.tokenizer), processor.template.chat_config
     adds = adds_bos(tokenizer)
-    bos = tokenizer.bos_token if adds or form.bos == "always" else ""
+    bos = tokenizer.bos_token if begins(form.bos, tokenizer) else ""
     tokenizer.chat_template = to_jinja(form, bos=bos, bos_always=not adds)
     tokenizer.save_pretrained(folder)
 

@@ -26,7 +26,7 @@ from minivlm.models.vlm import VisionLanguageModel
 from minivlm.processors.chat_template import to_jinja
 from minivlm.processors.image import ImageTransform
 from minivlm.processors.processor import VLMProcessor
-from minivlm.processors.template import adds_bos
+from minivlm.processors.template import adds_bos, begins
 from minivlm.types import IMAGE_MARKER
 
 TOLERANCE = 1e-3
@@ -316,7 +316,7 @@ def _processor(model: VisionLanguageModel, processor: VLMProcessor, tokenizer: A
 def chat_template(processor: VLMProcessor, tokenizer: Any) -> str:
     """The Jinja template of prompts as they are talked with, for a ``tokenizer`` that knows ``<image>``."""
     form, adds = processor.template.chat_config, adds_bos(tokenizer)
-    bos = tokenizer.bos_token if adds or form.bos == "always" else ""
+    bos = tokenizer.bos_token if begins(form.bos, tokenizer) else ""
     blank, tokens = _blank_behind_image(tokenizer), tokenizer.get_added_vocab()
     return to_jinja(form, bos=bos, bos_always=not adds, blank_behind_image=blank, tokens=tokens)
 

@@ -40,11 +40,9 @@ def one_alone(encoder: str | None, connector: str | None) -> str | None:
     """The complaint about names of which only one is `none`; None for what fits, or what a checkpoint will name."""
     if None in (encoder, connector) or (encoder == NO_VISION) == (connector == NO_VISION):
         return None
-    lacks, other, name = (
-        ("vision_encoder", "connector", connector) if encoder == NO_VISION else ("connector", "vision_encoder", encoder)
-    )
     return (
-        f"{lacks} none, but {other} {name}: a model that sees has both, a language model alone neither ({other}: none)"
+        f"vision_encoder {encoder}, but connector {connector}: a model that sees has both, a language model alone "
+        "neither (both none)"
     )
 
 

@@ -72,9 +72,14 @@ class FeatureCache:
         """The cache of what is frozen in a model, run in ``precision``, behind its processor's transform.
 
         ``settings`` are the configurations of ``vision_encoder`` and ``connector``, which tell parts without
-        weights apart. Raises :class:`FeatureCacheError` if the encoder trains, if a transform draws at random,
-        and if ``root`` is itself the folder of one cache.
+        weights apart. Raises :class:`FeatureCacheError` if the encoder trains or there is none, if a transform draws at
+        random, and if ``root`` is itself the folder of one cache.
         """
+        if not model.vision_encoder.inputs:
+            raise FeatureCacheError(
+                "run.feature_cache: there is no vision encoder (model.vision_encoder: none) whose output it could "
+                "keep; set run.feature_cache: null"
+            )
         if not model.is_frozen("vision_encoder"):
             raise FeatureCacheError("run.feature_cache needs a frozen encoder: set model.vision_encoder.freeze: true")
         if model.vision_encoder.is_random_when_frozen:

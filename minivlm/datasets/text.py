@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from minivlm.datasets.base import DatasetBuilder, DatasetError
 from minivlm.datasets.configs import TextConfig
@@ -23,15 +23,18 @@ from minivlm.registry import suggest
 from minivlm.types import Message, Sample, SampleError
 
 ENDINGS = (".txt", ".jsonl")
+_END = -1
+"""Stands for the last character of a text that is not cut."""
+_BLANKS = re.compile(r"\s*")
 _BREAKS = tuple(re.compile(pattern) for pattern in (r"\n\s*\n\s*", r"\s*\n\s*", r"\s+"))
 """Where a text is cut, the better places first: blank line, line break, blank."""
 
 
 class TextFile(Sequence[Sample]):
-    """The texts of one file, read on access; pickles as a path and 24 bytes a sample.
+    """The texts of one file, read on access; pickles as a path and 32 bytes a sample.
 
-    Of a text that is cut into pieces every piece is a sample. Raises :class:`DatasetError` when it is opened for broken
-    JSON and for a file without texts, :class:`SampleError` on access for a text that cannot be used, with its line.
+    Of a text that is cut every piece is a sample. Raises :class:`DatasetError` when it is opened for broken JSON and
+    for a file without texts, :class:`SampleError` on access for a text that cannot be used, with its line.
     """
 
     def __init__(self, path: Path, max_characters: int | None, name: str):
@@ -41,41 +44,40 @@ class TextFile(Sequence[Sample]):
         if not spans:
             raise DatasetError(f"{path} has no texts")
         self._index = array("q")
-        """First byte, last byte and number of the piece of every sample."""
+        """Of every sample the first and last byte of its line, the first and last character of its piece."""
         with path.open("rb") as file:
             for start, end in zip(spans[::2], spans[1::2], strict=True):
-                for piece in range(self._count(file, start, end)):
-                    self._index.extend((start, end, piece))
+                for piece in self._pieces(file, start, end):
+                    self._index.extend((start, end, *piece))
 
     def __len__(self) -> int:
-        return len(self._index) // 3
+        return len(self._index) // 4
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} texts, not one at {index}")
-        start, end, piece = self._index[3 * index : 3 * index + 3]
+        start, end, first, last = self._index[4 * index : 4 * index + 4]
         sample_id = f"{self.name}/{self.path.name}/{index}"
         try:
             with self.path.open("rb") as file:
-                file.seek(start)
-                pieces = self._pieces(file.read(end - start))
-            return Sample(sample_id, [Message("assistant", pieces[piece])])
-        except (OSError, ValueError, IndexError) as error:
+                text = self._read(file, start, end)
+        except (OSError, ValueError) as error:
             raise SampleError(sample_id, f"{self.path}, line {self._line(start)}: {error}") from error
+        return Sample(sample_id, [Message("assistant", text if last == _END else text[first:last])])
 
-    def _count(self, file: Any, start: int, end: int) -> int:
-        """How many pieces the text between two bytes has; a text that cannot be read is one, which tells so later."""
-        if self.limit is None or end - start <= self.limit:
-            return 1  # it has no more characters than bytes
+    def _pieces(self, file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The pieces of the text between two bytes; one that cannot be read is whole, and tells so on access."""
+        if self.limit is not None and end - start > self.limit:  # it has no more characters than bytes
+            try:
+                return cut(self._read(file, start, end), self.limit)
+            except ValueError:
+                pass
+        return iter([(0, _END)])
+
+    def _read(self, file: BinaryIO, start: int, end: int) -> str:
+        """The text between two bytes; raises ValueError for what is none."""
         file.seek(start)
-        try:
-            return len(self._pieces(file.read(end - start)))
-        except ValueError:
-            return 1
-
-    def _pieces(self, content: bytes) -> list[str]:
-        """The text of a line in pieces; raises ValueError for what is no text."""
-        text: Any = content.decode("utf-8")
+        text: Any = file.read(end - start).decode("utf-8")
         if self._is_json:
             record = json.loads(text)
             text = record.get("text") if isinstance(record, dict) else None
@@ -85,7 +87,7 @@ class TextFile(Sequence[Sample]):
         text.encode("utf-8")  # JSON can write half a character, which no tokenizer takes
         if not text.strip():
             raise ValueError("the text is empty")
-        return [text] if self.limit is None else list(cut(text, self.limit))
+        return text
 
     def _line(self, start: int) -> int:
         with self.path.open("rb") as file:
@@ -140,30 +142,24 @@ class TextBuilder(DatasetBuilder[TextConfig]):
         return {split: [files] if isinstance(files, str) else list(files) for split, files in by_split.items()}
 
 
-def cut(text: str, limit: int) -> Iterator[str]:
-    """Pieces of at most ``limit`` characters; each ends at the last blank line, else line break, else blank in it.
+def cut(text: str, limit: int) -> Iterator[tuple[int, int]]:
+    """First and last character of pieces of at most ``limit``; blanks and line breaks between them are left out.
 
-    A piece has at least half of ``limit`` characters, but the last. What stands at a cut, blanks and line breaks, is
-    left out.
+    A piece ends at the last blank line in its second half, else line break, else blank, else at the limit.
     """
-    text = text.strip()
-    while len(text) > limit:
-        end, begin = _place(text, limit)
-        yield text[:end]
-        text = text[begin:]
-    if text:
-        yield text
+    start = _skip(text, 0)
+    while start < len(text):
+        end = start + limit
+        if end < len(text):
+            found = ([m.start() for m in p.finditer(text, start + limit // 2, end + 1)] for p in _BREAKS)
+            end = next((places[-1] for places in found if places), end)
+        yield start, start + len(text[start:end].rstrip())
+        start = _skip(text, end)
 
 
-def _place(text: str, limit: int) -> tuple[int, int]:
-    """Where the next piece ends and where the one behind it begins."""
-    for pattern in _BREAKS:
-        places = [m for m in pattern.finditer(text, limit // 2, limit + 1)]
-        if places:
-            start = places[-1].start()
-            rest = text[start:]
-            return start, start + len(rest) - len(rest.lstrip())
-    return limit, limit
+def _skip(text: str, start: int) -> int:
+    found = _BLANKS.match(text, start)
+    return found.end() if found else start
 
 
 def _scan_lines(path: Path) -> array[int]:

@@ -38,7 +38,7 @@ _PROMPT = """\
 {%- if turns and turns[0]['role'] == 'assistant' and leading_assistant == 'drop' -%}
 {%- set turns = turns[1:] -%}
 {%- endif -%}
-{%- set led = 1 if turns and turns[0]['role'] == 'assistant' and leading_assistant == 'keep' else 0 -%}
+{%- set led = 1 if turns and turns[0]['role'] == 'assistant' and leading_assistant in ['keep', 'alone'] else 0 -%}
 {%- set system = system_prefix + system + system_suffix if system else '' -%}
 {%- set prompt -%}
 {{- '' if system_in_user else system -}}

@@ -235,8 +235,7 @@ def tokenize(
     """
     ids: list[int] = []
     labels: list[int] = []
-    known = bos == "known" and tokenizer.bos_token_id is not None
-    if bos == "always" or known or (bos == "auto" and adds_bos(tokenizer)):
+    if begins(bos, tokenizer):
         if tokenizer.bos_token_id is None:
             raise TemplateError("template.bos: always, but the tokenizer has no BOS token")
         ids.append(tokenizer.bos_token_id)
@@ -281,6 +280,12 @@ def _tokenize_run(run: list[Text], tokenizer: Any) -> tuple[list[int], list[int]
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
     return list(encoded["input_ids"]), labels
+
+
+def begins(bos: str, tokenizer: Any) -> bool:
+    """Whether ids begin with the tokenizer's begin token where a template's ``bos`` says so."""
+    known = bos == "known" and tokenizer.bos_token_id is not None
+    return bos == "always" or known or (bos == "auto" and adds_bos(tokenizer))
 
 
 def adds_bos(tokenizer: Any) -> bool:

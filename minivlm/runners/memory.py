@@ -181,6 +181,9 @@ def training_table(stage: StageConfig, model: VisionLanguageModel, precision: st
             cached=stage.run.feature_cache is not None,
         )
         table.add_row(str(batch), *(readable_size(v) for v in uses.values()), readable_size(sum(uses.values())))
+    if not model.vision_encoder.inputs:
+        table.caption = f"samples of {length} tokens, {precision}"
+        return table
     table.caption = f"samples of {length} tokens, one picture each, {precision}; an encoder's activations "
     table.caption += "are not kept" if model.is_frozen("vision_encoder") else "are not counted, although it trains"
     if stage.run.feature_cache is not None:

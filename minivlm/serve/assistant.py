@@ -98,6 +98,11 @@ class Assistant:
         """Number of pictures shown so far."""
         return self.chat.num_images
 
+    @property
+    def sees(self) -> bool:
+        """Whether the model takes pictures."""
+        return self.chat.sees
+
     def reset(self) -> None:
         """Begin a new conversation; an answer on its way stays without effect."""
         self.chat.reset()

@@ -95,6 +95,7 @@ class Chat:
             "min_new_tokens": min_new_tokens,
         }
         self.num_tokens = 0
+        self._pictures = getattr(processor, "pictures", "take")  # a user's own may not know of models that see nothing
         self._lock = lock or threading.Lock()
         self._state = _State()
         self._before = _State()
@@ -108,6 +109,11 @@ class Chat:
     def num_images(self) -> int:
         """Number of pictures shown so far."""
         return self._state.num_images
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model takes pictures; a language model alone does not."""
+        return self._pictures == "take"
 
     def reset(self) -> None:
         """Begin a new conversation; an answer on its way stays without effect."""
@@ -158,7 +164,7 @@ class Chat:
         state = self._state
         text = self.processor.template.with_images(text, len(images))
         question = Message("user", text)
-        if self.processor.pictures == "drop":
+        if self._pictures == "drop":
             question, images = self.processor.template.without_images(question), ()
         messages = [*state.messages, question]
         batch = self.processor.prompt(messages, images, encoded_images=state.num_images)

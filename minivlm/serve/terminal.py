@@ -22,12 +22,18 @@ if TYPE_CHECKING:
     from minivlm.serve.assistant import Reply
     from minivlm.serve.chat import Chat
 
-HELP = """\
-  /image PATH   talk about a picture, from the beginning (several paths: several pictures)
-  /reset        begin again with the same picture
+_COMMANDS = """\
   /help         this list
   /quit         leave (as do Ctrl-D, and Ctrl-C while nothing is being answered)
   anything else is a question; Ctrl-C breaks off an answer"""
+HELP = f"""\
+  /image PATH   talk about a picture, from the beginning (several paths: several pictures)
+  /reset        begin again with the same picture
+{_COMMANDS}"""
+TEXT_HELP = f"""\
+  /reset        begin again
+{_COMMANDS}"""
+"""Of a model that takes no pictures."""
 QUESTION = "you: "
 ANSWER = "model: "
 
@@ -49,7 +55,7 @@ def run_terminal(
     ``demo.generated_image``.
     """
     session = _Terminal(Assistant(chat, tools), Path(demo.generated_image), output or sys.stdout)
-    session.say(f"{demo.title}\n{HELP}")
+    session.say(f"{demo.title}\n{session.help}")
     if demo.examples:
         session.say("  for example: " + " | ".join(demo.examples))
     if images:
@@ -76,6 +82,7 @@ class _Terminal:
         self.target = target
         self.output = output
         self.images: list[Any] = []
+        self.help = HELP if chat.sees else TEXT_HELP
 
     def say(self, text: str, end: str = "\n") -> None:
         self.output.write(text + end)
@@ -84,7 +91,7 @@ class _Terminal:
     def handle(self, command: str, rest: str, line: str) -> None:
         """One line that is neither empty nor the end."""
         if command == "/help":
-            self.say(HELP)
+            self.say(self.help)
         elif command == "/reset":
             self.chat.reset()
             self.say("a new conversation" + (" about the same picture" if self.images else ""))
@@ -101,6 +108,9 @@ class _Terminal:
         """New pictures and with them a new conversation; one that cannot be read changes nothing."""
         from minivlm.processors.image import open_image
 
+        if not self.chat.sees:
+            self.say("this model has no vision encoder: it takes no pictures")
+            return
         if not text:
             self.say("which picture? /image PATH")
             return
@@ -125,7 +135,7 @@ class _Terminal:
         """Stream one answer; an error is told and the conversation goes on."""
         # Pictures go with the first question that was answered; the chat keeps them from then on.
         images = [] if self.chat.num_images else self.images
-        if not self.images and not self.chat.messages:
+        if not self.images and not self.chat.messages and self.chat.sees:
             self.say("(no picture yet: /image PATH)")
         self.say(ANSWER, end="")
         before = len(self.chat.messages)

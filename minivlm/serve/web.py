@@ -80,19 +80,21 @@ def build_page(chat_factory: Callable[[], Chat], demo: DemoConfig, tools: Tools 
     """The page; ``chat_factory`` makes the conversation of a visitor, so that no two share one, but all ``tools``."""
     grounding = demo.page == "grounding"
     tools = tools or Tools()
-    handlers = Handlers(chat_factory, tools, grounding=grounding)
+    sees = chat_factory().sees
+    handlers = Handlers(chat_factory, tools, grounding=grounding, sees=sees)
     with gr.Blocks(title=demo.title, analytics_enabled=False, fill_width=True, delete_cache=(_HOUR, _DAY)) as page:
         session = gr.State(None, time_to_live=_DAY)
         hint = "; drag over it to mark a box" if grounding else ", or have one drawn" if tools.generator else ""
-        gr.Markdown(f"# {demo.title}\nUpload a picture and ask about it{hint}.", elem_id="title")
+        use = f"Upload a picture and ask about it{hint}." if sees else "Ask a question; this model takes no pictures."
+        gr.Markdown(f"# {demo.title}\n{use}", elem_id="title")
         with gr.Row():
-            with gr.Column(scale=2, min_width=280):
+            with gr.Column(scale=2, min_width=280, visible=sees):
                 picture = _picture(grounding)
             with gr.Column(scale=3, min_width=280):
-                chatbot = _conversation()
+                chatbot = _conversation(sees)
         tasks = _chips("tasks", [task.name for task in TASKS] if grounding else [])
         with gr.Row(elem_id="ask"):
-            question = _question()
+            question = _question(sees)
             send = gr.Button("Send", variant="primary", scale=0, elem_id="send")
             restart = gr.Button("Restart", scale=0, elem_id="restart")
         examples = _chips("examples", demo.examples)
@@ -139,21 +141,21 @@ def _picture(marking: bool = False) -> gr.Image:
     )
 
 
-def _conversation() -> gr.Chatbot:
+def _conversation(sees: bool) -> gr.Chatbot:
     return gr.Chatbot(
         label="Conversation",
         show_label=False,
         height=430,
-        placeholder="Upload a picture, then ask about it.",
+        placeholder="Upload a picture, then ask about it." if sees else "Ask a question.",
         render_markdown=False,  # what the model says, as it says it
         buttons=[],
         elem_id="conversation",
     )
 
 
-def _question() -> gr.Textbox:
+def _question(sees: bool) -> gr.Textbox:
     return gr.Textbox(
-        placeholder="Ask about the picture; Enter sends",
+        placeholder=f"Ask {'about the picture' if sees else 'a question'}; Enter sends",
         label="Question",
         show_label=False,
         container=False,

@@ -76,10 +76,19 @@ class Session:
 class Handlers:
     """The events of the page; every function gets the session and gives it back.
 
-    All conversations share ``tools``. With ``grounding``, boxes in the conversation are drawn on the picture.
+    All conversations share ``tools``. With ``grounding``, boxes in the conversation are drawn on the picture. A model
+    that does not see (``sees``) is asked without one.
     """
 
-    def __init__(self, chat_factory: Callable[[], Chat], tools: Tools | None = None, *, grounding: bool = False):
+    def __init__(
+        self,
+        chat_factory: Callable[[], Chat],
+        tools: Tools | None = None,
+        *,
+        grounding: bool = False,
+        sees: bool = True,
+    ):
+        self.sees = sees
         self.chat_factory = chat_factory
         self.tools = tools or Tools()
         self.grounding = grounding
@@ -119,7 +128,7 @@ class Handlers:
         question = (question or "").strip()
         # What began without a picture goes on without one.
         talking = session is not None and session.picture is None and session.chat.exchanges
-        if problem := _problem(question, picture, needs_picture=not generate and not talking) or (
+        if problem := _problem(question, picture, needs_picture=self.sees and not generate and not talking) or (
             _task_problem(question) if self.grounding else ""
         ):
             _warn(problem)

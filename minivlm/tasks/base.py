@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 log = logging.getLogger(__name__)
+
+_MOST_NATS = 700.0
+"""Above this a perplexity is no number any more."""
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished samples and the number of all."""
@@ -103,6 +107,8 @@ class Task:
         table = Table("metric", "value")
         for name, value in (results or self.results).get("metrics", {}).items():
             table.add_row(name, f"{value:.4f}")
+            if name == "loss":
+                table.add_row("perplexity", f"{math.exp(min(value, _MOST_NATS)):.4g}")
         return table
 
 
