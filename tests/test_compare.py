@@ -116,6 +116,7 @@ def test_keywords_are_scored_without_asking_again(work: Path, capsys: pytest.Cap
     page = Path("out/report.html").read_text()
     assert page.count('<td class="right">') == 1 and page.count('<td class="wrong">') == 3 and page.count("<mark>") == 1
     assert page.count('src="data:image/jpeg') == 2 and "http" not in page
+    assert "Right: of the pictures with" in page
     with Image.open("out/report.png") as picture:
         assert min(picture.size) > 300
 
@@ -182,6 +183,7 @@ def test_questions_of_a_dataset(work: Path, capsys: pytest.CaptureFixture[str]) 
     assert lines()[0]["answer"] == Chat(model, processor, max_new_tokens=6).ask("what colour?", ["pictures/red.png"])
     page = Path("out/report.html").read_text()
     assert page.count("what colour? (red)<") == 3 and page.count('src="data:image/jpeg') == 3
+    assert "Right: of the questions with" in page
     assert [s["scored"] for s in json.loads(Path("out/results.json").read_text())["models"]] == [3, 3]
     records[0]["conversations"][1]["value"] = lines()[0]["answer"]
     Path("test.json").write_text(json.dumps(records))

@@ -53,6 +53,11 @@ class Comparison:
     models: list[str]
     answers: Sequence[Sequence[Mapping[str, Any]]]
 
+    @property
+    def counted(self) -> str:
+        """What there are several of: pictures of one question, or questions."""
+        return "pictures" if all(asked.question == self.title for asked in self.asked) else "questions"
+
     def caption(self, number: int) -> str:
         """What stands below a picture: its name or, where every picture has its own, question and answer."""
         asked = self.asked[number]
@@ -100,7 +105,7 @@ def render_html(found: Comparison, title: str) -> str:
 <h1>{name}</h1>
 <p class="lead">{question}</p>
 <table class="scores"><thead><tr>{columns}</tr></thead><tbody>{scores}</tbody></table>
-<p class="soft">Right: of the pictures with words to expect, those whose answer holds one of them.</p>
+<p class="soft">Right: of the {found.counted} with words to expect, those whose answer holds one of them.</p>
 <div class="wide"><table class="answers" style="min-width: {16 + 14 * len(found.models)}rem">
 <thead><tr><th>picture</th>{heading}</tr></thead>
 <tbody>{rows}</tbody></table></div>
@@ -172,7 +177,7 @@ def draw_comparison(found: Comparison, path: Path) -> bool:
     for axis, score in zip(grid[0][1:], found.scores(), strict=True):
         right = f": {score['hits']} of {score['scored']}" if score["scored"] else ""
         axis.set_title(wrap(score["model"] + right, 42, 2), fontsize=10, parse_math=False, fontfamily=font)
-    rest = f" ({count} of {len(found.asked)} pictures)" if count < len(found.asked) else ""
+    rest = f" ({count} of {len(found.asked)} {found.counted})" if count < len(found.asked) else ""
     question = wrap(found.title + rest, int(width * 9), 2)
     figure.suptitle(question, y=1 - 0.12 / height, fontsize=11, va="top", parse_math=False, fontfamily=font)
     figure.subplots_adjust(0.02, 0.25 / height, 0.98, 1 - 0.75 / height, wspace=0.06, hspace=gap / row)

@@ -199,5 +199,5 @@ def _summary(found: Comparison, output: Path) -> int:
         if (error := next((line["error"] for lines in found.answers if "error" in (line := lines[number])), None))
     ]
     if bad:
-        print(f"{len(bad)} of {len(found.asked)} pictures could not be used:", *bad, sep="\n", file=sys.stderr)
+        print(f"{len(bad)} of {len(found.asked)} {found.counted} could not be used:", *bad, sep="\n", file=sys.stderr)
     return 1 if bad else 0
