@@ -350,6 +350,7 @@ def test_demo_explains_what_is_missing(tmp_path: Path) -> None:
     missing = write_yaml(tmp_path / "a.yaml", {"model": {"checkpoint": str(tmp_path / "none")}})
     for arguments, expected in (
         (["--cfg-path", str(tmp_path / "no.yaml")], "no such file"),
+        ([str(tmp_path / "output" / "sft")], "neither a folder nor a file"),
         (["--cfg-path", str(missing)], "train it first"),
         (["--cfg-path", str(missing), "--options", "demo.titel=x"], "did you mean 'title'"),
         (["--cfg-path", str(tmp_path), "--options", "demo.title=x"], "is a folder"),

@@ -12,7 +12,7 @@ from helpers import tiny_model, write_yaml
 from minivlm import cli
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.texts import read_texts
-from minivlm.processors.tokenizer import load_tokenizer
+from minivlm.processors.tokenizer import TokenizerError, load_tokenizer
 
 TEXTS = [f"a {colour} {shape} on the table" for colour in ("red", "green") for shape in ("dog", "cat", "cup")] * 4
 
@@ -155,3 +155,5 @@ def test_wrong_arguments(corpus: list[str], tmp_path: Path, capsys: pytest.Captu
     for text in ("not an empty folder", "--template qa: its turns", "unknown template 'minimind_v9'", "take 259"):
         assert text in said
     assert not (tmp_path / "out").exists()
+    with pytest.raises(TokenizerError, match="there is no folder 'output/first/tokenizer'; `minivlm train-tokenizer`"):
+        load_tokenizer("output/first/tokenizer")  # not a question to the hub

@@ -183,7 +183,7 @@ def find_model_folder(path: str | Path) -> Path:
     if root.is_file():
         raise CheckpointError(f"{root} is a file; a folder that minivlm wrote is wanted here")
     if not root.exists():
-        raise CheckpointError(f"there is no folder {root}")
+        raise CheckpointError(f"there is no folder {root}; a run writes it (run.output_dir): train it first")
     newest = sorted(root.glob("*/model"), key=lambda p: p.stat().st_mtime, reverse=True)
     checkpoints = sorted(root.glob("checkpoints/step_*/model"), reverse=True)
     for candidate in (root, root / "model", *newest, *checkpoints):
@@ -198,6 +198,14 @@ def find_model_folder(path: str | Path) -> Path:
         f"{root} holds no minivlm model ({MANIFEST} and config.yaml), nor does {root / 'model'}; "
         "a run that was interrupted before its first checkpoint has none"
     )
+
+
+def unfinished(folder: Path) -> str:
+    """A note about a model folder in the checkpoints of a run that has not come to its end; empty for any other."""
+    run = folder.parents[2] if len(folder.parents) > 2 else folder
+    if folder.parts[-3:-2] != ("checkpoints",) or is_model_folder(run / "model"):
+        return ""
+    return f", {folder.parent.name} of a run that has not ended"
 
 
 def read_manifest(folder: Path) -> Manifest:

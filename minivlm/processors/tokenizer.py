@@ -26,8 +26,10 @@ def load_tokenizer(
 
     if path.startswith("asset:"):
         path = str(ASSETS / path.removeprefix("asset:"))
-    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
-        raise TokenizerError(f"model.language_model.tokenizer: there is no folder '{path}'")
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
+        raise TokenizerError(
+            f"model.language_model.tokenizer: there is no folder '{path}'; `minivlm train-tokenizer` makes one"
+        )
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a model_type of another project in the folder's config.json is no news here
     try:

@@ -72,6 +72,8 @@ def read_stage(path: str, options: Sequence[str] = ()) -> StageConfig:
         if options:
             raise ServeError(f"--options change an experiment file, but {path} is a folder")
         stage = StageConfig(ModelConfig(checkpoint=path))
+    elif not Path(path).exists() and not path.lower().endswith((".yaml", ".yml")):
+        raise ServeError(f"there is neither a folder nor a file {path}; a run writes its model into run.output_dir")
     else:
         from minivlm.config import load_config
 
