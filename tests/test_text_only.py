@@ -188,6 +188,24 @@ def test_two_processes_are_one_with_twice_the_batch(experiment: dict[str, Any], 
         torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_run_that_has_not_ended_is_told(
+    experiment: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Who starts from it, by ``weights`` or ``checkpoint``, is told that it is half trained."""
+    out = train(experiment, tmp_path, "run.save_freq=2")
+    steps = sorted((out / "checkpoints").iterdir())
+    (out / "model").rename(tmp_path / "model")
+    notes = []
+    for key in ("checkpoint", "language_model.weights"):
+        capfd.readouterr()
+        assemble(load_config(write_yaml(tmp_path / "next.yaml", experiment), [f"model.{key}={out}"]).stages[0].model)
+        notes.append(capfd.readouterr().err)
+    assert all(f", {steps[-1].name} of a run that has not ended): loaded" in note for note in notes), notes
+    (tmp_path / "model").rename(out / "model")
+    assemble(load_config(tmp_path / "next.yaml", [f"model.checkpoint={out}"]).stages[0].model)
+    assert "not ended" not in capfd.readouterr().err
+
+
 def test_a_feature_cache_is_refused(experiment: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(FeatureCacheError, match="there is no vision encoder"):
         train(experiment, tmp_path, f"run.feature_cache={tmp_path}/cache")

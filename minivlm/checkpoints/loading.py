@@ -186,7 +186,7 @@ def load_checkpoint(model: VisionLanguageModel, config: ModelConfig, start: Path
     assert config.checkpoint
     if start is not None:
         report = native.load_weights(model, start)
-        report.where, report.what = f"{_CHECKPOINT} {start}", "minivlm"
+        report.where, report.what = f"{_CHECKPOINT} {start}", f"minivlm{native.unfinished(start)}"
         model.trained_before = native.read_manifest(start).trained
         parts.keep_bases(model, config, start)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from minivlm.checkpoints.files import read_weights
-from minivlm.checkpoints.native import WEIGHTS, find_model_folder, read_manifest
+from minivlm.checkpoints.native import WEIGHTS, find_model_folder, read_manifest, unfinished
 from minivlm.checkpoints.report import CheckpointError, LoadReport, fill
 from minivlm.config.experiment import ModelConfig
 from minivlm.models.hub import hash_tensors
@@ -112,5 +112,6 @@ def _compare(model: VisionLanguageModel, part: str, path: str, tensors: dict[str
     report = LoadReport.compare(wanted, tensors, module.fits)
     if not report.fits:
         raise CheckpointError(f"model.{part}.weights: {path} holds another {part}\n{report}")
-    report.where, report.what = f"model.{part}.weights {path}", f"{part} of minivlm"
+    note = unfinished(find_model_folder(path))
+    report.where, report.what = f"model.{part}.weights {path}", f"{part} of minivlm{note}"
     return report
