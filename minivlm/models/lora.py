@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minivlm.models.base import ModelError, PartModule
+from minivlm.models.quantization import hush_bitsandbytes
 from minivlm.schema import LoraSettings
 
 ALL_LINEAR = "all-linear"
@@ -51,6 +52,7 @@ def add_lora(part: str, module: PartModule, settings: LoraSettings) -> None:
     Under a quantised base the norms become fp32. Raises :class:`ModelError` for names that fit no layer, and for a
     part whose weights are out of reach.
     """
+    hush_bitsandbytes()
     from peft import LoraConfig, inject_adapter_in_model
 
     if not module.can_train:

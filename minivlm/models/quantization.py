@@ -18,6 +18,16 @@ log = logging.getLogger(__name__)
 _KEY = "model.language_model.quantization"
 
 
+def hush_bitsandbytes() -> None:
+    """Silence what no user can act on; call it before the first import, which peft's and transformers' bring.
+
+    bitsandbytes computes in fp16 and says so in every call of every layer where the model has another type; on a CPU it
+    looks for a kernel on the hub and says that it does without.
+    """
+    for module in ("autograd._functions", "backends.cpu.ops"):
+        logging.getLogger(f"bitsandbytes.{module}").setLevel(logging.ERROR)
+
+
 def quantization_arguments(kind: str, dtype: str | None) -> dict[str, Any]:
     """What transformers must be told: ``quantization_config``, and a ``dtype`` for nf4; nothing where there is none.
 
@@ -35,8 +45,7 @@ def quantization_arguments(kind: str, dtype: str | None) -> dict[str, Any]:
         return {}
     from transformers import BitsAndBytesConfig
 
-    # It computes in fp16, and says so in every call of every layer where the model has another type.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    hush_bitsandbytes()
     if kind == "int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     compute = DTYPES[dtype or "bf16"]
