@@ -17,7 +17,7 @@ from minivlm.checkpoints.files import is_llava_folder
 from minivlm.checkpoints.llava_folder import describe, describe_language_model
 from minivlm.checkpoints.loading import check_files, check_weights, load_checkpoint, load_parts, names_files
 from minivlm.checkpoints.native import CheckpointError, find_model_folder, read_config, read_manifest
-from minivlm.checkpoints.parts import check_tokenizer
+from minivlm.checkpoints.parts import check_tokenizer, model_folder
 from minivlm.config import ConfigError, ModelConfig, load_config
 from minivlm.config.experiment import one_alone
 from minivlm.config.loader import list_model_defaults, parse_model
@@ -179,6 +179,9 @@ def assemble(
     _expand_base(config.language_model)
     check_files(config)
     language = config.language_model.config
+    sources = [source for source in (config.checkpoint, config.language_model.weights) if source]
+    if not getattr(language, "path", None) and hasattr(language, "tokenizer"):
+        language.tokenizer = language.tokenizer or _tokenizer_of(sources)
     tokenizer_path = getattr(language, "tokenizer", None) or getattr(language, "path", None)
     if not tokenizer_path:
         raise ModelError(
@@ -188,8 +191,8 @@ def assemble(
     tokenizer = load_tokenizer(
         tokenizer_path, getattr(language, "revision", None), getattr(language, "special_tokens", None)
     )
-    if config.language_model.weights:
-        check_tokenizer(tokenizer, tokenizer_path, config.language_model.weights)
+    for source in sources:
+        check_tokenizer(tokenizer, tokenizer_path, source)
     if meta or names_files(config):
         model = _build(config, len(tokenizer), meta=True)
         check_weights(model, config, fetch=not meta)
@@ -204,6 +207,11 @@ def assemble(
             for line in (*(report.summary for report in model.load_reports), *([note] if note else [])):
                 print(line, file=sys.stderr, flush=True)
     return model, build_processor(config, model, tokenizer), config
+
+
+def _tokenizer_of(sources: Sequence[str]) -> str | None:
+    """The tokenizer beside the first model folder of minivlm, which a preset's does not replace."""
+    return next((str(folder / "tokenizer") for source in sources if (folder := model_folder(source))), None)
 
 
 def _freeze_all(config: ModelConfig) -> None:
