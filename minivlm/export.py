@@ -110,10 +110,10 @@ def _write_minimind(job: Job, alone: bool) -> None:
     folder = model_folder(job.source)
     named = read_manifest(folder).stage if folder else ""
     stage = named if named not in ("", "train") else Path(job.source).stem  # "train": the file has one stage
-    model, _ = _assembled(job)
+    model, processor = _assembled(job)
     if not alone:
         _refuse_blind(model)
-    file, names = write_minimind(job.target, model, alone=alone, stage=stage)
+    file, names = write_minimind(job.target, model, alone=alone, stage=stage, tokenizer=processor.tokenizer)
     print(f"{file}: {len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
 
 

@@ -24,7 +24,7 @@ from golden_minimind import (
 )
 from helpers import write_yaml
 from minimind_parts import CLIP, SIGLIP
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minivlm import api
@@ -32,10 +32,12 @@ from minivlm.api import assemble
 from minivlm.checkpoints.inspection import inspect_path
 from minivlm.checkpoints.minimind import V1, V1_MOE, V3
 from minivlm.checkpoints.report import CheckpointError
+from minivlm.checkpoints.to_minimind import write_minimind
 from minivlm.config.loader import parse_model
 from minivlm.convert import main as convert
 from minivlm.export import main as export
 from minivlm.models.vlm import VisionLanguageModel
+from minivlm.processors.tokenizer import load_tokenizer
 from minivlm.types import IGNORE_INDEX
 
 __all__ = ["compared"]
@@ -279,6 +281,52 @@ def test_the_first_version_as_llava_of_transformers(tmp_path: Path, capsys: pyte
     assert "logits differ by at most" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match=r"final_norm: true.*\n.*its layers are LayerNorm"):
         export_file(NEWEST_DENSE, tmp_path, "second", "--to", "transformers")
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if is_first(name)])
+def test_golden_minimind_v_through_llava_of_transformers(compared: Compared, name: str, tmp_path: Path) -> None:
+    """The whole model, projection and experts, there and back to the bit."""
+    folder = export_file(name, tmp_path, "llava", "--to", "transformers", "--no-check")
+    assert dict(inspect_path(str(folder)))["connector"].strip() == "linear"
+    for form, wanted in (("minimind", original_state(name)), ("minimind_llm", language_state(name))):
+        file = tmp_path / f"{form}.pth"
+        assert export([str(folder), str(file), "--to", form, "--dtype", "fp16"]) == 0
+        same(torch.load(file, weights_only=True), wanted)
+        compared.equal(len(wanted) > 0, True)
+
+
+def test_the_row_of_the_placeholder_does_not_come_back(tmp_path: Path) -> None:
+    """Where the tokenizer has an entry for every embedding, LLaVA's `<image>` gets one more; MiniMind-V has none."""
+    given = section(FIRST_DENSE)
+    rows = len(load_tokenizer("asset:quickstart"))
+    given["language_model"]["config"] |= {"vocab_size": rows}
+    file, _ = write_minimind(tmp_path / "first.pth", assemble(parse_model(given, "test"))[0])
+    write_yaml(tmp_path / "model.yaml", {"model": given | {"checkpoint": str(file)}})
+    assert export([str(tmp_path / "model.yaml"), str(tmp_path / "llava"), "--to", "transformers", "--no-check"]) == 0
+    table = load_file(tmp_path / "llava" / "model.safetensors")["language_model.model.embed_tokens.weight"]
+    assert len(table) == rows + 1
+    assert export([str(tmp_path / "llava"), str(tmp_path / "again.pth"), "--to", "minimind"]) == 0
+    first, again = (torch.load(each, weights_only=True) for each in (file, tmp_path / "again.pth"))
+    same(again, first)
+
+
+def test_a_projector_of_two_linear_layers_is_one(tmp_path: Path) -> None:
+    """Also where the second is not the identity: there is nothing between them."""
+    folder = export_file(FIRST_DENSE, tmp_path, "llava", "--to", "transformers", "--no-check")
+    tensors, (first, second) = (
+        load_file(folder / "model.safetensors"),
+        (f"multi_modal_projector.linear_{k}." for k in (1, 2)),
+    )
+    gen = torch.Generator().manual_seed(0)
+    for kind in ("weight", "bias"):
+        tensors[second + kind] = torch.randn(tensors[second + kind].shape, generator=gen)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model, _, _ = assemble(parse_model({"checkpoint": str(folder)}, "test"))
+    features = torch.randn(1, 50, tensors[first + "weight"].shape[1], generator=gen)
+    layer = torch.nn.functional.linear
+    inside = layer(features, tensors[first + "weight"], tensors[first + "bias"])
+    wanted = layer(inside, tensors[second + "weight"], tensors[second + "bias"])
+    torch.testing.assert_close(model.connector(features), wanted)
 
 
 @each_model
