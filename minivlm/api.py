@@ -180,8 +180,8 @@ def assemble(
     check_files(config)
     language = config.language_model.config
     sources = [source for source in (config.checkpoint, config.language_model.weights) if source]
-    if not getattr(language, "path", None) and hasattr(language, "tokenizer"):
-        language.tokenizer = language.tokenizer or _tokenizer_of(sources)
+    weights = model_folder(config.language_model.weights or "")
+    _take_tokenizer(config.language_model, str(weights / "tokenizer") if weights else None)
     tokenizer_path = getattr(language, "tokenizer", None) or getattr(language, "path", None)
     if not tokenizer_path:
         raise ModelError(
@@ -209,9 +209,10 @@ def assemble(
     return model, build_processor(config, model, tokenizer), config
 
 
-def _tokenizer_of(sources: Sequence[str]) -> str | None:
-    """The tokenizer beside the first model folder of minivlm, which a preset's does not replace."""
-    return next((str(folder / "tokenizer") for source in sources if (folder := model_folder(source))), None)
+def _take_tokenizer(part: ModelPart, path: str | None) -> None:
+    """Give a language model that names no tokenizer the one beside its weights."""
+    if hasattr(part.config, "tokenizer") and not (part.config.tokenizer or getattr(part.config, "path", None)):
+        part.config.tokenizer = path
 
 
 def _freeze_all(config: ModelConfig) -> None:
@@ -301,6 +302,8 @@ def _fill(config: ModelConfig, saved: ModelConfig) -> ModelConfig:
         )
     for part in PARTS:
         setattr(config, part, _fill_part(getattr(config, part), getattr(saved, part)))
+    assert config.language_model and saved.language_model
+    _take_tokenizer(config.language_model, getattr(saved.language_model.config, "tokenizer", None))
     if config.template is None:
         config.template = saved.template
     return config

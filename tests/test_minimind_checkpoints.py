@@ -167,6 +167,33 @@ def test_a_file_of_another_size_or_version() -> None:
         load(NEWEST_DENSE, weights(FIRST_DENSE))
 
 
+def test_a_language_model_without_norms_in_its_attention(tmp_path: Path) -> None:
+    """MiniMind2 of 2025: a Llama in the names of transformers, which the newest version has, too."""
+    state = {key: t for key, t in language_state(NEWEST_DENSE).items() if "q_norm" not in key and "k_norm" not in key}
+    torch.save(state, tmp_path / "llm_512.pth")
+    assert dict(inspect_path(str(tmp_path / "llm_512.pth")))["good for"] == "model.language_model.weights"
+    config = section(NEWEST_DENSE)["language_model"]["config"] | {"model_type": "llama"}
+    given = {"weights": str(tmp_path / "llm_512.pth")}
+    model = load(NEWEST_DENSE, None, language_model={"config": config, **given})
+    ours = model.language_model.state_dict()["model.model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(ours, state["model.layers.0.self_attn.q_proj.weight"].float())
+    with pytest.raises(CheckpointError, match=r"of the type llama \(as MiniMind2 of 2025.*that of this model is qwen3"):
+        load(NEWEST_DENSE, None, language_model=given)
+
+
+def test_the_tokenizer_of_a_folder_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands in front of the preset's, which the template comes from."""
+    monkeypatch.setenv("MINIVLM_MINIMIND_V1_TOKENIZER", "no/where")
+    folder = export_file(FIRST_DENSE, tmp_path, "llava", "--to", "transformers", "--no-check")
+    given = section(FIRST_DENSE)
+    del given["language_model"]["tokenizer"]
+    write_yaml(tmp_path / "again.yaml", {"model": given | {"checkpoint": str(folder)}})
+    model, processor = api.load(tmp_path / "again.yaml", device="cpu")
+    same_logits(FIRST_DENSE, model)
+    assert processor.tokenizer.get_vocab()["<image>"] == len(load_tokenizer("asset:quickstart"))
+    assert processor.template.config.assistant_prefix == "<s>assistant"
+
+
 def test_a_file_that_lacks_something(tmp_path: Path) -> None:
     for name, lost in ((FIRST_DENSE, "layers.1.ffn_norm.weight"), (NEWEST_DENSE, "vision_proj.mlp.3.bias")):
         state = original_state(name)

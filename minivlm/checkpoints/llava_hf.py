@@ -67,7 +67,9 @@ _HIDDEN = "model.language_model.config.hidden_size"
 _VISION_SIZE = "model.vision_encoder.config.hidden_size"
 _SIZES = (
     Size("width of the vision encoder", _VISION_SIZE, "connector.layers.0.weight", 1),
+    Size("width of the vision encoder", _VISION_SIZE, "connector.linear.weight", 1),
     Size("width of the language model", _HIDDEN, "language_model.model.model.embed_tokens.weight", 1),
+    Size("width of the language model", _HIDDEN, "connector.linear.weight", 0),
     Size("embeddings", "model.language_model.vocab_size", "language_model.model.model.embed_tokens.weight", 0),
     Size(
         "layers of the language model",

@@ -98,8 +98,11 @@ def _explain(file: WeightFile, model: VisionLanguageModel) -> str | None:
     own, kind = getattr(config, "model_type", None), kind_of(file)
     if own == kind or own not in _KINDS:
         return None
+    preset = f"arch minimind_v, model_type {_KINDS[kind]}"
+    if kind == "llama" and any("self_attn" in name for name in file.tensors):
+        preset = "as MiniMind2 of 2025, rope_theta 1e6, of which there is no packaged model"
     return (
-        f"its language model is of the type {kind} (arch minimind_v, model_type {_KINDS[kind]}), that of this model is "
+        f"its language model is of the type {kind} ({preset}), that of this model is "
         f"{own} (model.language_model.config.model_type)"
     )
 
@@ -134,10 +137,10 @@ def _language(name: str, signature: tuple[str, ...], rules: tuple[Rule, ...]) ->
 
 
 _OF_V1, _OF_V1_MOE = ("**layers.#.feed_forward.w1.weight",), ("**layers.#.feed_forward.experts.#.w1.weight",)
-_OF_V3 = ("**model.layers.#.self_attn.q_norm.weight",)
+_OF_V3 = ("**model.layers.#.self_attn.q_proj.weight",)
 V1, V1_MOE = _whole("first version", _OF_V1, _V1_DENSE), _whole("first version with experts", _OF_V1_MOE, _V1_MOE)
-V3 = _whole("newest version", ("**model.layers.#.self_attn.q_proj.weight",), _V3)
+V3 = _whole("newest version", _OF_V3, _V3)
 V1_LM = _language("first version", _OF_V1, _V1_DENSE)
 V1_MOE_LM = _language("first version with experts", _OF_V1_MOE, _V1_MOE)
-V3_LM = _language("newest version", _OF_V3, _V3)
+V3_LM = _language("newest version, or another one in the names of transformers", _OF_V3, _V3)
 FORMATS = (V1, V1_MOE, V3, V1_LM, V1_MOE_LM, V3_LM)

@@ -92,8 +92,8 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    """Whether a folder is one of minivlm, which has its tokenizer beside its weights; a run yet to come has none."""
-    return folder.is_dir() and not (folder / "config.json").is_file()
+    """Whether a folder is a model with its tokenizer, as one of minivlm always is; a run yet to come is none."""
+    return (folder.is_dir() and not (folder / "config.json").is_file()) or (folder / "tokenizer.json").is_file()
 
 
 def add_dataset_defaults(tree: Tree, problems: list[Problem]) -> Tree:
