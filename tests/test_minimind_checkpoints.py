@@ -298,6 +298,8 @@ def test_golden_minimind_v_through_transformers(compared: Compared, name: str, t
     again = torch.load(tmp_path / "b.pth", weights_only=True)
     same(again, original_state(name))
     compared.equal(len(again), len(original_state(name)))
+    model = load(name, None, language_model={"weights": str(folder)})  # beside an encoder of a stage to come
+    same_logits(name, model)
 
 
 def test_the_first_version_as_llava_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

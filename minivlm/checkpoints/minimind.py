@@ -56,6 +56,7 @@ _V3 = (
     Rule(_EXPERT + "gate_proj.weight", _OURS + "mlp.experts.gate_up_proj", stacked=(0, 2)),
     Rule(_EXPERT + "up_proj.weight", _OURS + "mlp.experts.gate_up_proj", stacked=(1, 2)),
     Rule(_EXPERT + "down_proj.weight", _OURS + "mlp.experts.down_proj", stacked=(0, 1)),
+    Rule("model.layers.#.mlp.moe_statics.*", _OURS + "mlp.gate.moe_statics.*"),  # ERNIE in the names of transformers
     Rule("model.*", _LM + "model.*"),
     Rule("lm_head.*", _LM + "lm_head.*"),
 )
@@ -87,7 +88,8 @@ def kind_of(file: WeightFile) -> str:
     """The type of transformers' language model that computes what a file's does."""
     is_v3 = any("model.layers." in name for name in file.tensors)
     if any(".experts." in name for name in file.tensors):
-        return "qwen3_moe" if is_v3 else "ernie4_5_moe"
+        is_qwen = is_v3 and not any("moe_statics" in name for name in file.tensors)
+        return "qwen3_moe" if is_qwen else "ernie4_5_moe"
     if is_v3:
         return "qwen3" if any("q_norm" in name for name in file.tensors) else "llama"
     return "llama"
