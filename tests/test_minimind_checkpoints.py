@@ -373,6 +373,10 @@ def test_file_names(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
         [f"llm_{width}{moe}.pth", f"sft_vlm_{width}{moe}.pth"],
     )
     assert found == (v1 if is_first(name) else v3)
+    for form in ("minimind", "minimind_llm"):  # stages and the language model share a folder
+        assert form == "minimind" or export([str(file), str(tmp_path / "minimind"), "--to", form]) == 0
+        with pytest.raises(CheckpointError, match=r"\.pth exists; name another file"):
+            export([str(file), str(tmp_path / "minimind"), "--to", form])
     other = tmp_path / "model.yaml"
     shutil.copy(file, other)
     with pytest.raises(CheckpointError, match="nothing tells whether this is a model of the stage pretrain or sft"):

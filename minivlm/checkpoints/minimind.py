@@ -139,10 +139,12 @@ def _language(name: str, signature: tuple[str, ...], rules: tuple[Rule, ...]) ->
 
 
 _OF_V1, _OF_V1_MOE = ("**layers.#.feed_forward.w1.weight",), ("**layers.#.feed_forward.experts.#.w1.weight",)
+_ENDS = ("**model.embed_tokens.weight", "**model.norm.weight")
+"""Both are in a file of a whole language model, and never in one of several shards."""
 _OF_V3 = ("**model.layers.#.self_attn.q_proj.weight",)
 V1, V1_MOE = _whole("first version", _OF_V1, _V1_DENSE), _whole("first version with experts", _OF_V1_MOE, _V1_MOE)
 V3 = _whole("newest version", _OF_V3, _V3)
 V1_LM = _language("first version", _OF_V1, _V1_DENSE)
 V1_MOE_LM = _language("first version with experts", _OF_V1_MOE, _V1_MOE)
-V3_LM = _language("newest version, or another one in the names of transformers", _OF_V3, _V3)
+V3_LM = _language("newest version, or another one in the names of transformers", (*_OF_V3, *_ENDS), _V3)
 FORMATS = (V1, V1_MOE, V3, V1_LM, V1_MOE_LM, V3_LM)

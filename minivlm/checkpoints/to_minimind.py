@@ -44,6 +44,8 @@ def write_minimind(
     """
     form = _format(model, alone)
     file = target if target.suffix == ".pth" else target / file_name(model, alone, stage)
+    if file.exists():
+        raise CheckpointError(f"{file} exists; name another file, or remove it first")
     parts = ("language_model.",) if alone else ("connector.", "language_model.")
     state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(parts)}
     for name in [name for name in state if name.endswith("e_score_correction_bias")]:
