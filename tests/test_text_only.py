@@ -338,6 +338,32 @@ def test_from_a_tokenizer_to_a_model_that_sees(
         assemble(parse_model(sees, "test"))
 
 
+@pytest.mark.parametrize("key", ["checkpoint", "weights"])
+def test_a_folders_own_tokenizer_stands_in_front_of_a_presets(
+    key: str, experiment: dict[str, Any], tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage that starts from it need not name it again; one that names another is refused."""
+    monkeypatch.setenv("MINIVLM_MINIMIND_V1_TOKENIZER", "asset:quickstart")
+    made = tmp_path / "tokenizer"
+    assert cli.main(["train-tokenizer", str(texts), "--output", str(made), "--vocab-size", "300"]) == 0
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 1000}
+    preset = {"arch": "minimind_v", "model_type": "v1_small", **NONE, "language_model": {"config": sizes}}
+    named = {"config": sizes, "tokenizer": str(made)}
+    experiment["model"] = {**preset, "template": "text", "language_model": named}
+    experiment["run"] |= {"max_steps": 1}
+    start = str(train(experiment, tmp_path))
+    later = {**preset, "checkpoint": start} if key == "checkpoint" else preset
+    language = {"config": sizes} if key == "checkpoint" else {"config": sizes, "weights": start}
+    for named in ({}, {"tokenizer": str(made)}, {"tokenizer": "asset:quickstart"}):
+        file = write_yaml(tmp_path / "later.yaml", {"model": {**later, "language_model": language | named}})
+        if "asset:quickstart" in named.values():
+            with pytest.raises(CheckpointError, match=r"asset:quickstart is not the tokenizer that .*out was trained"):
+                api.load(file, device="cpu")
+            continue
+        _, processor = api.load(file, device="cpu")
+        assert len(processor.tokenizer) == 300
+
+
 def test_a_checkpoint_of_the_other_kind_says_what_to_do(
     experiment: dict[str, Any], tiny_experiment: dict[str, Any], tmp_path: Path
 ) -> None:
