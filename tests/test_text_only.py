@@ -268,7 +268,7 @@ def test_the_page_has_no_picture_box() -> None:
     assert [message["role"] for message in shown[-1][0]] == ["user", "assistant"]
 
 
-def test_a_blind_twin_side_by_side(tmp_path: Path) -> None:
+def test_a_blind_twin_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """``minivlm compare`` asks both about the pictures; one that refuses them says so."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -278,7 +278,12 @@ def test_a_blind_twin_side_by_side(tmp_path: Path) -> None:
         files.append(str(write_yaml(tmp_path / f"{name}.yaml", {"model": section, "run": {"device": "cpu"}})))
     command = ["--images", str(folder), "--question", "what?", "--max-new-tokens", "2"]
     assert cli.main(["compare", *files[:2], *command, "--output", str(tmp_path / "two")]) == 0
+    capfd.readouterr()
     assert cli.main(["compare", *files, *command, "--output", str(tmp_path / "again")]) == 1
+    said = (
+        "1 of 3 answers are missing:\n  picture.png (text.yaml): it has a picture, but the model has no vision encoder"
+    )
+    assert said in capfd.readouterr().err
     answers = [json.loads(line) for line in (tmp_path / "again" / "answers.jsonl").read_text().splitlines()]
     assert ["error" in answer for answer in answers] == [False, False, True]
     assert "no vision encoder" in answers[2]["error"]

@@ -153,7 +153,7 @@ class AnswerFile:
                     continue
                 raise DatasetError(
                     f"--output: {self.path} holds what is no answer to these records: {line.strip()[:200]}\n"
-                    "name another file, or delete it if it was made with another input or prompt"
+                    "name another output, or delete that file if it was made with other input, prompts or flags"
                 ) from error
             if "answer" in found:
                 self._lines[number] = f"{line}\n"
