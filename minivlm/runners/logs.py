@@ -110,10 +110,10 @@ class RunLog:
             sys.stdout.flush()
 
     def event(self, record: dict[str, Any]) -> None:
-        """Log something other than a step, such as an evaluation."""
+        """Log an evaluation; trackers get it under ``val/``, apart from the loss of the step."""
         self._write(record)
         if "step" in record:
-            self.trackers.log(record["step"], {k: v for k, v in record.items() if isinstance(v, float)})
+            self.trackers.log(record["step"], {f"val/{k}": v for k, v in record.items() if isinstance(v, float)})
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -147,7 +147,7 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def draw_loss_curve(log: Path, target: Path, title: str) -> None:
-    """Loss and learning rate over the steps, as PNG."""
+    """Loss and learning rate over the steps, and what was evaluated on the way, as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -161,6 +161,9 @@ def draw_loss_curve(log: Path, target: Path, title: str) -> None:
     axis.plot(x, losses, color="#9db7d5", linewidth=0.8, label="loss")
     axis.plot(x, _smooth(losses), color="#1f4e8c", linewidth=1.8, label="loss, smoothed")
     axis.set(xlabel="step", ylabel="loss per supervised token", title=title, yscale="log")
+    evaluated = [(r["step"], r["loss"]) for r in read_log(log) if "loss" in r and "lr" not in r]
+    if evaluated:
+        axis.plot(*zip(*evaluated), "o-", color="#b0413e", markersize=4, label="loss, validation")
     evaluations = [r for r in read_log(log) if "accuracy" in r]
     right = axis.twinx()
     if evaluations:
@@ -172,12 +175,15 @@ def draw_loss_curve(log: Path, target: Path, title: str) -> None:
         right.set(ylabel="learning rate")
     lines = [*axis.get_lines(), *right.get_lines()]
     axis.legend(lines, [line.get_label() for line in lines], loc="center right", frameon=False)
-    figure.tight_layout()
-    figure.savefig(target)
+    with plt.rc_context({"axes.formatter.min_exponent": 3}):  # plain numbers at the side, not 6 x 10^0
+        figure.tight_layout()
+        figure.savefig(target)
     plt.close(figure)
 
 
-def _smooth(values: Sequence[float], weight: float = 0.95) -> list[float]:
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Running mean of about 20 steps; of fewer in a short run, where it would lag far behind."""
+    weight = min(0.95, max(0.0, 1 - 10 / len(values)))
     smoothed, average, norm = [], 0.0, 0.0
     for value in values:
         average, norm = weight * average + (1 - weight) * value, weight * norm + (1 - weight)
