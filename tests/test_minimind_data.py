@@ -304,8 +304,11 @@ def test_recut_keeps_columns(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_with_a_row(tmp_path: Path, record: dict[str, Any], reason: str) -> None:
     parquet.write_table(pyarrow.Table.from_pylist([record, {"conversations": "[]"}]), tmp_path / "a.parquet")
+    data = build(tmp_path / "a.parquet")
     with pytest.raises(SampleError, match=f"'0'.*{reason}"):
-        build(tmp_path / "a.parquet")[0]
+        data[0]
+    (complaint,) = data.check(0)  # what the data doctor reports, and goes on
+    assert complaint.startswith("record: ") and reason in complaint
 
 
 def test_what_is_wrong_with_a_file(tmp_path: Path) -> None:
