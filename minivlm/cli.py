@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "chat": (chat, "talk to a model in the terminal"),
         "demo": (demo, "open the web page of a model"),
         "generate": (generate, "answers about a folder of pictures or a JSONL file, in batches"),
-        "compare": (compare, "several models asked about a folder of pictures, side by side, with scores"),
-        "train-tokenizer": (train_tokenizer, "learn a byte-level BPE tokenizer from files of text"),
+        "compare": (compare, "several models asked about the same pictures, side by side, with scores"),
+        "train-tokenizer": (train_tokenizer, "learn a byte-level BPE tokenizer from text or an experiment's data"),
         "check-data": (check_data, "read the data of an experiment file and report what is wrong"),
         "check-root": (check_root, "compare a folder with the tree that a published system trains in"),
         "prepare-captions": (prepare_captions, "make img2dataset's download list from lists of {url, caption}"),
@@ -208,7 +208,7 @@ def generate(argv: list[str]) -> int:
 
 
 def compare(argv: list[str]) -> int:
-    """``minivlm compare MODEL... --images FOLDER --output FOLDER``."""
+    """``minivlm compare MODEL... --images FOLDER|--data YAML --output FOLDER``."""
     from minivlm.serve.compare import main as compare_main
 
     return guarded(lambda: compare_main(argv))

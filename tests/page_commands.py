@@ -16,7 +16,7 @@ def commands(page: str) -> list[list[str]]:
     return [words for line in shell.splitlines() if (words := shlex.split(line, comments=True))]
 
 
-def run(words: list[str], folder: Path, env: dict[str, str], typed: str = "") -> str:
+def run(words: list[str], folder: Path, env: dict[str, str], typed: str = "", timeout: float = 300) -> str:
     """Run a command of a page, on two processes where it says more; what it prints is returned.
 
     A server is stopped once it says where its page is; ``typed`` is what a terminal is told.
@@ -43,6 +43,6 @@ def run(words: list[str], folder: Path, env: dict[str, str], typed: str = "") ->
         said += line
         if "the page is at" in line:
             process.send_signal(signal.SIGINT)
-    code = process.wait(timeout=300)
+    code = process.wait(timeout=timeout)
     assert code == 0, f"{' '.join(words)}\n{said}"
     return said

@@ -14,7 +14,7 @@ from PIL import Image
 from minivlm import cli
 from minivlm.api import assemble
 from minivlm.config import load_config
-from minivlm.evaluation.comparison import MOST_ROWS, Comparison, _hang, draw_comparison, pattern, render_html
+from minivlm.evaluation.comparison import MOST_ROWS, Asked, Comparison, _hang, draw_comparison, pattern, render_html
 from minivlm.serve import compare
 from minivlm.serve.chat import Chat
 from minivlm.serve.flags import ServeError
@@ -134,16 +134,15 @@ def test_keywords_are_scored_without_asking_again(work: Path, capsys: pytest.Cap
     ],
 )
 def test_words(words: list[str], answer: str, right: bool) -> None:
-    found = Comparison(
-        "?", Path(), ["x.png"], ["m"], [[{"answer": answer, "tokens": 1, "seconds": 1}]], {"x.png": words}
-    )
+    asked = [Asked("x.png", Path("x.png"), "?", words)]
+    found = Comparison("?", asked, ["m"], [[{"answer": answer, "tokens": 1, "seconds": 1}]])
     assert found.verdict(0, 0) is right and pattern(words)
 
 
 def test_the_page_escapes_and_the_picture_stays_small(tmp_path: Path) -> None:
-    names = [f"<b>{number}" for number in range(3 * MOST_ROWS)]
+    asked = [Asked(f"<b>{n}", tmp_path / f"{n}.png", "<u>?", [] if n else ["x_1"]) for n in range(3 * MOST_ROWS)]
     line = {"answer": "<i>$x_1$</i> \x0b" + "long " * 200, "tokens": 1, "seconds": 0.5}
-    found = Comparison("<u>?", tmp_path, names, ["<s>m"], [[line] * len(names)], {names[0]: ["x_1"]})
+    found = Comparison("<u>?", asked, ["<s>m"], [[line] * len(asked)])
     page = render_html(found, "<title>")
     assert (
         not any(tag in page for tag in ("<b>", "<i>", "<u>", "<s>", "<title><"))
@@ -166,6 +165,45 @@ def test_columns_are_named_by_what_differs(tmp_path: Path) -> None:
     assert compare.labels(["runs/sft/"]) == ["sft"]
     with pytest.raises(ServeError, match="named twice"):
         compare.labels(["runs/sft", "runs/./sft/"])
+
+
+def test_questions_of_a_dataset(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first question of a sample, answers of its own; evenly spaced, and told as they are."""
+    turns = [{"from": "human", "value": "<image>\nwhat colour?"}, {"from": "gpt", "value": "red"}]
+    more = [{"from": "human", "value": "and what not?"}, {"from": "gpt", "value": "blue"}]
+    records = [{"id": str(n), "image": "red.png", "conversations": turns + more} for n in range(6)]
+    Path("test.json").write_text(json.dumps(records))
+    data = {"mine": {"name": "llava_json", "annotations": {"test": "test.json"}, "images": "pictures"}}
+    write_yaml(work / "data.yaml", {"model": tiny_model(), "datasets": data})
+    fixed = ["compare", "a.yaml", "b.yaml", "--device", "cpu", "--data", "data.yaml"]
+    assert cli.main([*fixed, "--max-samples", "3", "--output", "out"]) == 0
+    assert [line["image"] for line in lines()] == ["0", "2", "4"] * 2
+    model, processor = seeded(load_config("a.yaml").stages[-1], None)
+    assert lines()[0]["answer"] == Chat(model, processor, max_new_tokens=6).ask("what colour?", ["pictures/red.png"])
+    page = Path("out/report.html").read_text()
+    assert page.count("what colour? (red)<") == 3 and page.count('src="data:image/jpeg') == 3
+    assert [s["scored"] for s in json.loads(Path("out/results.json").read_text())["models"]] == [3, 3]
+    records[0]["conversations"][1]["value"] = lines()[0]["answer"]
+    Path("test.json").write_text(json.dumps(records))
+    capsys.readouterr()
+    assert cli.main([*fixed, "--max-samples", "1", "--output", "again"]) == 0
+    assert "a.yaml: 1 of 1 right (100.0 %)" in capsys.readouterr().out
+
+    for wrong, said in {
+        ("--question", "x"): "--question says nothing with --data",
+        ("--keywords", "x"): "--keywords says nothing with --data",
+        ("--split", "train"): "no dataset has a split 'train'",
+    }.items():
+        assert cli.main([*fixed, *wrong, "--output", "none"]) == 2
+        assert said in capsys.readouterr().err
+    records[0] |= {"image": ["red.png", "blue.png"]}
+    records[0]["conversations"][0]["value"] = "<image><image>\nwhat?"
+    Path("test.json").write_text(json.dumps(records))
+    assert cli.main([*fixed, "--output", "none"]) == 2
+    assert "sample '0' is no question about one picture" in capsys.readouterr().err
+    assert run("a.yaml", "--split", "test") == 2
+    assert "--split says nothing with --images" in capsys.readouterr().err
+    assert not Path("none").exists()
 
 
 def test_wrong_arguments(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

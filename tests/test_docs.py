@@ -141,3 +141,14 @@ def test_benchmarks_of_the_readme_run(command: str) -> None:
     result = run(ROOT, f"benchmarks/{script}", *options, timeout=900)
     assert result.returncode == 0, result.stderr
     assert re.search(r"\d", result.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", ["minimind_v_training.py --quick", "minimind_v_generation.py --quick", "minimind_v_memory.py"]
+)
+def test_benchmarks_of_the_minimind_page_run(command: str) -> None:
+    """Their exit code tells of a missed goal."""
+    assert f"benchmarks/{command.split()[0]}" in (ROOT / "docs" / "minimind_v.md").read_text()
+    result = run(ROOT, f"benchmarks/{command.split()[0]}", *command.split()[1:], timeout=1800)
+    assert result.returncode == 0, result.stdout + result.stderr

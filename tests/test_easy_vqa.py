@@ -67,6 +67,25 @@ def test_a_question() -> None:
         assert picture.size == (64, 64)
 
 
+def test_documents_tell_all_without_the_picture() -> None:
+    data, turns = build("train", form="text", val_images=3900), build("train", form="conversation", max_turns=100)
+    assert len(data) == 100
+    for place in (0, 57):
+        sample = data[place]
+        assert sample.images == [] and sample.id == f"easy_vqa/train/{sample.meta['image_id']}"
+        (said,) = sample.messages
+        assert said.role == "assistant"
+        known, *lines = (said.content or "").splitlines()
+        talk = [message.content or "" for message in turns[place].messages]
+        pairs = zip(talk[::2], talk[1::2], strict=True)
+        assert known == caption(list(zip(talk[::2], talk[1::2], strict=True))) + "."
+        assert lines == [f"{question.removeprefix('<image>')} {answer}".strip() for question, answer in pairs]
+    assert data[3] == build("train", form="text", val_images=3900)[3]
+    held_out = build("val", form="text")
+    assert len(held_out) == 200 and not any(held_out[place].images for place in range(200))
+    assert not {data[n].id for n in range(100)} & {held_out[n].id for n in range(200)}
+
+
 def test_ids_are_unique() -> None:
     test = build("test")
     assert len({test[index].id for index in range(len(test))}) == len(test)

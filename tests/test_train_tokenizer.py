@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import tiny_model, write_yaml
 
 from minivlm import cli
 from minivlm.datasets.base import DatasetError
@@ -90,6 +91,34 @@ def test_texts_are_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "1.00 bytes per token on 1 held-out texts" in capsys.readouterr().out
 
 
+def test_data_of_an_experiment(
+    corpus: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the template writes them: its words are learned, its special tokens and the pictures are not."""
+    records = [
+        {"image": f"absent{n}.png", "conversations": [{"from": "human", "value": "<image>\nis it?"}, *ANSWER]}
+        for n in range(25)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    mine = {"name": "llava_json", "annotations": {"train": "data.json", "test": "absent.json"}}
+    write_yaml(tmp_path / "x.yaml", {"model": tiny_model() | {"template": "minimind_v1"}, "datasets": {"mine": mine}})
+    monkeypatch.chdir(tmp_path)
+    assert train(["x.yaml"], tmp_path / "out", "--vocab-size", "290") == 0
+    assert "1 held-out texts" in capsys.readouterr().out
+    made = load_tokenizer(str(tmp_path / "out"))
+    ids = made("<s>assistant\nyes</s>")["input_ids"]
+    assert made.convert_ids_to_tokens(ids) == ["<s>", "assistant", "Ċ", "yes", "</s>"]
+    assert not [entry for entry in made.get_vocab() if set("<>") & set(entry) and len(entry) > 1][3:]
+    assert train(["c.txt", "x.yaml"], tmp_path / "both", "--vocab-size", "280") == 0
+    assert "27 texts" in capsys.readouterr().err
+
+    (tmp_path / "data.json").write_text(json.dumps([*records, {"id": "odd", "conversations": [*ANSWER]}]))
+    assert train(["x.yaml"], tmp_path / "bad") == 2
+    assert "datasets.mine: sample 'odd'" in capsys.readouterr().err
+    assert train(["absent.yaml"], tmp_path / "bad") == 2 and not (tmp_path / "bad").exists()
+
+
+ANSWER = [{"from": "gpt", "value": "yes"}]
 BAD = [
     ("x.jsonl", b'{"text": "a"}\n{"text": \n', "x.jsonl, line 2: broken JSON"),
     ("x.jsonl", b'{"text": "a"}\n\n{"txt": "a"}\n', "x.jsonl, line 3: a record with `text`"),

@@ -148,9 +148,10 @@ class EasyVQAConfig(DatasetConfig):
 
     form: str = setting(
         "question",
-        choices=("caption", "conversation", "question"),
+        choices=("caption", "conversation", "question", "text"),
         help="of the training split: a caption of the shape; conversations about a picture; single questions. "
-        "The other splits always hold single questions",
+        "The other splits always hold single questions, but for `text`: what is known about a picture as a document "
+        "without it, in every split",
     )
     max_turns: int = setting(4, ge=1, help="questions of one conversation")
     val_images: int = setting(200, ge=0, lt=4000, help="training pictures set aside as split `val`")

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import random
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -43,7 +44,7 @@ class EasyVQABuilder(DatasetBuilder[EasyVQAConfig]):
         part = {"train": range(border), "val": range(border, pictures), "test": range(pictures)}[split]
         if not part:
             raise DatasetError(f"easy_vqa: split '{split}' is empty, since val_images is {self.config.val_images}")
-        form = self.config.form if split == "train" else "question"
+        form = self.config.form if split == "train" or self.config.form == "text" else "question"
         return EasyVQADataset(folder, split, part, form, self.config.max_turns)
 
 
@@ -65,8 +66,11 @@ class EasyVQADataset(Sequence[Sample]):
         image_id, turns = read_questions(self.folder)[place]
         if self.form == "caption":
             return self._sample(image_id, "", [("", caption(turns))])
+        shuffled = random.Random(image_id).sample(turns, len(turns))
+        if self.form == "text":
+            said = Message("assistant", document(caption(turns), shuffled))
+            return Sample(f"easy_vqa/{self.split}/{image_id}", [said], meta={"image_id": image_id})
         if self.form == "conversation":
-            shuffled = random.Random(image_id).sample(turns, len(turns))
             return self._sample(image_id, f"/{number}", shuffled[number : number + self.max_turns])
         sample = self._sample(image_id, f"/{number}", [turns[number]])
         question, answer = turns[number]
@@ -74,8 +78,8 @@ class EasyVQADataset(Sequence[Sample]):
         return sample
 
     def _places(self) -> tuple[tuple[int, int], ...]:
-        step = {"question": 1, "conversation": self.max_turns, "caption": 0}[self.form]
-        return _places(self.folder, self.part, step)
+        step = {"question": 1, "conversation": self.max_turns, "caption": 0, "text": sys.maxsize}
+        return _places(self.folder, self.part, step[self.form])
 
     def _sample(self, image_id: int, suffix: str, turns: Iterable[QA]) -> Sample:
         messages = []
@@ -160,3 +164,8 @@ def caption(turns: Iterable[QA]) -> str:
     if colour is None and shape is None:
         return ""
     return " ".join(word for word in ("a", colour, shape or "shape") if word)
+
+
+def document(caption: str, turns: Iterable[QA]) -> str:
+    """What is known about a picture, to be read without it: its caption, then a line for every question with answer."""
+    return "\n".join([*([f"{caption}."] if caption else []), *(f"{question} {answer}" for question, answer in turns)])

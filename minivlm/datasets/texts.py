@@ -1,4 +1,4 @@
-"""The texts in plain files and in records of conversations, one after the other; what a tokenizer is trained on."""
+"""The texts of plain files, records of conversations and datasets, in order: what a tokenizer learns from."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from minivlm.config.experiment import Experiment
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.records import kind_of, scan_records
-from minivlm.types import IMAGE_MARKER
+from minivlm.processors.configs import TemplateConfig
+from minivlm.processors.template import Template, TemplateError, Text
+from minivlm.types import IMAGE_MARKER, SampleError
 
 TURNS = ("conversations", "messages")
 _TEXT_KEYS = ("value", "content", "reasoning_content")
@@ -28,6 +31,29 @@ def read_texts(paths: Sequence[Path]) -> Iterator[str]:
         if not path.is_file():
             raise DatasetError(f"there is no file {path}")
         yield from _READERS[suffix](path)
+
+
+def experiment_texts(experiment: Experiment, template: TemplateConfig) -> Iterator[str]:
+    """Every training sample of an experiment as its template writes it; no picture is opened.
+
+    ``template`` is for stages that get theirs from a checkpoint, which need not be there yet. Raises
+    :class:`DatasetError` for a dataset that cannot be used, and for the first bad sample, with its name.
+    """
+    from minivlm.datasets.training_set import build_datasets, build_split  # needs torch
+
+    for stage in experiment.stages:
+        form = Template(stage.model.template.config if stage.model.template else template)
+        for source in build_split(build_datasets(stage.datasets), stage.run.train_splits):
+            samples = source.sized
+            for number in range(len(samples)):
+                try:
+                    sample = samples[number]
+                    segments = form.render(sample.messages, pictures=len(sample.images))
+                except SampleError as error:
+                    raise DatasetError(f"datasets.{source.key}: {error}") from error
+                except TemplateError as error:
+                    raise DatasetError(f"datasets.{source.key}: sample '{sample.id}': {error}") from error
+                yield "".join(segment.text for segment in segments if isinstance(segment, Text))
 
 
 def _read_lines(path: Path) -> Iterator[str]:

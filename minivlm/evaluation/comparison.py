@@ -1,4 +1,4 @@
-"""Several models, one question, the same pictures: answers side by side, and how many name what is to be seen.
+"""Several models, the same questions and pictures: answers side by side, and how many name what is to be seen.
 
 matplotlib and PIL are imported when a picture is drawn.
 """
@@ -11,11 +11,12 @@ import io
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minivlm.evaluation.report import CSS, RIGHT, WRONG, percent, thumbnail, wrap
+from minivlm.types import IMAGE_MARKER
 
 PICTURE_SIDE = 256
 MOST_ROWS = 12
@@ -25,34 +26,53 @@ _WIDE = "\u2e80"
 """First of the signs that are written without blanks and take the room of two letters."""
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A question about a picture (path, file or PIL image) and the words of which one must stand in a right answer."""
+
+    name: str
+    picture: Any
+    question: str
+    words: Sequence[str] = ()
+
+    @property
+    def text(self) -> str:
+        """The question without the place of its picture."""
+        return self.question.replace(IMAGE_MARKER, "").strip()
+
+
 @dataclass
 class Comparison:
-    """What was asked and answered.
+    """What was asked and answered; ``title`` is the question, or says whose the questions are.
 
-    ``answers`` holds for every model a line for every picture: ``{answer, tokens, seconds}`` or ``{error}``.
-    ``keywords`` names for a picture the words of which one must stand in a right answer.
+    ``answers`` holds for every model a line for every question: ``{answer, tokens, seconds}`` or ``{error}``.
     """
 
-    question: str
-    folder: Path
-    pictures: list[str]
+    title: str
+    asked: Sequence[Asked]
     models: list[str]
     answers: Sequence[Sequence[Mapping[str, Any]]]
-    keywords: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def verdict(self, model: int, picture: int) -> bool | None:
-        """Whether the answer holds a word of the picture; None without words or answer."""
-        words, answer = self.keywords.get(self.pictures[picture]), self.answers[model][picture].get("answer")
+    def caption(self, number: int) -> str:
+        """What stands below a picture: its name or, where every picture has its own, question and answer."""
+        asked = self.asked[number]
+        if asked.question == self.title:
+            return asked.name
+        return f"{asked.text} ({' / '.join(asked.words)})" if asked.words else asked.text or asked.name
+
+    def verdict(self, model: int, number: int) -> bool | None:
+        """Whether the answer holds a word of its question; None without words or answer."""
+        words, answer = self.asked[number].words, self.answers[model][number].get("answer")
         return None if not words or answer is None else bool(re.search(pattern(words), answer))
 
     def scores(self) -> list[dict[str, Any]]:
-        """For every model: pictures answered and failed, ``hits`` of those ``scored``, tokens per second."""
+        """For every model: questions answered and failed, ``hits`` of those ``scored``, tokens per second."""
         found = []
         for model, name in enumerate(self.models):
             lines = [line for line in self.answers[model] if "answer" in line]
-            verdicts = [v for n in range(len(self.pictures)) if (v := self.verdict(model, n)) is not None]
+            verdicts = [v for n in range(len(self.asked)) if (v := self.verdict(model, n)) is not None]
             seconds = sum(line["seconds"] for line in lines)
-            score = {"model": name, "answered": len(lines), "failed": len(self.pictures) - len(lines)}
+            score = {"model": name, "answered": len(lines), "failed": len(self.asked) - len(lines)}
             score |= {"scored": len(verdicts), "hits": sum(verdicts)}
             score["share"] = sum(verdicts) / len(verdicts) if verdicts else None
             score["tokens_per_second"] = sum(line["tokens"] for line in lines) / seconds if seconds else None
@@ -71,16 +91,16 @@ def render_html(found: Comparison, title: str) -> str:
     """One self-contained page; every text is escaped, no request leaves it."""
     heading = "".join(f"<th>{html.escape(name)}</th>" for name in found.models)
     scores = "".join(f"<tr>{_score_cells(score)}</tr>" for score in found.scores())
-    rows = "".join(_html_row(found, number) for number in range(len(found.pictures)))
-    name, question = html.escape(title), html.escape(found.question)
-    columns = "".join(f"<th>{text}</th>" for text in ("model", "right subject", "answers", "failed", "tokens/s"))
+    rows = "".join(_html_row(found, number) for number in range(len(found.asked)))
+    name, question = html.escape(title), html.escape(found.title)
+    columns = "".join(f"<th>{text}</th>" for text in ("model", "right", "answers", "failed", "tokens/s"))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{name}</title><style>{CSS}{_OWN_CSS}</style></head><body><main>
 <h1>{name}</h1>
 <p class="lead">{question}</p>
 <table class="scores"><thead><tr>{columns}</tr></thead><tbody>{scores}</tbody></table>
-<p class="soft">Right subject: of the pictures with keywords, those whose answer holds one of them.</p>
+<p class="soft">Right: of the pictures with words to expect, those whose answer holds one of them.</p>
 <div class="wide"><table class="answers" style="min-width: {16 + 14 * len(found.models)}rem">
 <thead><tr><th>picture</th>{heading}</tr></thead>
 <tbody>{rows}</tbody></table></div>
@@ -95,13 +115,13 @@ def _score_cells(score: Mapping[str, Any]) -> str:
 
 
 def _html_row(found: Comparison, number: int) -> str:
-    name = html.escape(found.pictures[number])
+    name = html.escape(found.caption(number))
     cells = "".join(_html_cell(found, model, number) for model in range(len(found.models)))
-    return f"<tr><td>{_html_picture(found.folder / found.pictures[number], name)}<br>{name}</td>{cells}</tr>\n"
+    return f"<tr><td>{_html_picture(found.asked[number].picture, name)}<br>{name}</td>{cells}</tr>\n"
 
 
-def _html_picture(path: Path, alt: str) -> str:
-    picture = thumbnail(path, PICTURE_SIDE)
+def _html_picture(source: Any, alt: str) -> str:
+    picture = thumbnail(source, PICTURE_SIDE)
     if picture is None:
         return '<span class="soft">no picture</span>'
     stream = io.BytesIO()
@@ -115,7 +135,7 @@ def _html_cell(found: Comparison, model: int, number: int) -> str:
         return f'<td class="soft">{html.escape(line.get("error", ""))}</td>'
     text = html.escape(line["answer"]) or '<span class="soft">(no answer)</span>'
     if verdict:
-        pieces = re.split(f"({pattern(found.keywords[found.pictures[number]])})", line["answer"])
+        pieces = re.split(f"({pattern(found.asked[number].words)})", line["answer"])
         text = "".join(f"<mark>{html.escape(p)}</mark>" if n % 2 else html.escape(p) for n, p in enumerate(pieces))
     kind = {True: "right", False: "wrong", None: ""}[verdict]
     sign = {True: "✓ ", False: "✗ ", None: ""}[verdict]
@@ -137,9 +157,11 @@ def draw_comparison(found: Comparison, path: Path) -> bool:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    count = min(len(found.pictures), MOST_ROWS)
-    chosen = [number * len(found.pictures) // count for number in range(count)]
-    width, height = 2.2 + 3.2 * len(found.models), 0.9 + 2.1 * count  # inches
+    count = min(len(found.asked), MOST_ROWS)
+    chosen = [number * len(found.asked) // count for number in range(count)]
+    lines = max(_shown(found, model, number).count("\n") + 1 for number in chosen for model in range(len(found.models)))
+    row, gap = max(0.9, 0.14 + 0.16 * lines), 0.36  # inches, as all sizes
+    width, height = 2.2 + 3.2 * len(found.models), 0.9 + (row + gap) * count
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     ratios = [2.0, *[3.2] * len(found.models)]
@@ -150,10 +172,10 @@ def draw_comparison(found: Comparison, path: Path) -> bool:
     for axis, score in zip(grid[0][1:], found.scores(), strict=True):
         right = f": {score['hits']} of {score['scored']}" if score["scored"] else ""
         axis.set_title(wrap(score["model"] + right, 42, 2), fontsize=10, parse_math=False, fontfamily=font)
-    rest = f" ({count} of {len(found.pictures)} pictures)" if count < len(found.pictures) else ""
-    question = wrap(found.question + rest, int(width * 9), 2)
+    rest = f" ({count} of {len(found.asked)} pictures)" if count < len(found.asked) else ""
+    question = wrap(found.title + rest, int(width * 9), 2)
     figure.suptitle(question, y=1 - 0.12 / height, fontsize=11, va="top", parse_math=False, fontfamily=font)
-    figure.subplots_adjust(0.02, 0.25 / height, 0.98, 1 - 0.75 / height, wspace=0.06, hspace=0.2)
+    figure.subplots_adjust(0.02, 0.25 / height, 0.98, 1 - 0.75 / height, wspace=0.06, hspace=gap / row)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         figure.savefig(path, format="png")
@@ -161,7 +183,7 @@ def draw_comparison(found: Comparison, path: Path) -> bool:
 
 
 def _draw_row(axes: Sequence[Any], found: Comparison, number: int) -> None:
-    picture = thumbnail(found.folder / found.pictures[number], PICTURE_SIDE)
+    picture = thumbnail(found.asked[number].picture, PICTURE_SIDE)
     for axis in axes:
         axis.set(xticks=[], yticks=[])
     if picture is None:
@@ -169,19 +191,24 @@ def _draw_row(axes: Sequence[Any], found: Comparison, number: int) -> None:
     else:
         axes[0].imshow(picture, interpolation="nearest" if max(picture.size) < 200 else "antialiased")
     font = _font()
-    axes[0].set_xlabel(wrap(found.pictures[number], 28, 1), fontsize=8, parse_math=False, fontfamily=font)
+    axes[0].set_xlabel(wrap(found.caption(number), 34, 2), fontsize=8, parse_math=False, fontfamily=font)
     for spine in axes[0].spines.values():
         spine.set_visible(False)
     for model, axis in enumerate(axes[1:]):
-        line, verdict = found.answers[model][number], found.verdict(model, number)
+        verdict = found.verdict(model, number)
         colour = {True: RIGHT, False: WRONG, None: "#59636e"}[verdict]
         for spine in axis.spines.values():
             spine.set(color=colour, linewidth=2 if verdict is not None else 0.8)
-        sign = {True: "✓ ", False: "✗ ", None: ""}[verdict]
-        text = sign + (line.get("answer", line.get("error")) or "(no answer)")
-        text = _hang(wrap(re.sub(r"[\x00-\x1f\x7f]", " ", text), 22 if _is_wide(text) else 44, 10))
         place = {"x": 0.03, "y": 0.95, "va": "top", "fontsize": 8.5, "color": "#222222", "clip_on": True}
-        axis.text(s=text, transform=axis.transAxes, parse_math=False, fontfamily=font, **place)
+        axis.text(s=_shown(found, model, number), transform=axis.transAxes, parse_math=False, fontfamily=font, **place)
+
+
+def _shown(found: Comparison, model: int, number: int) -> str:
+    """An answer in lines, at most ten, behind the sign of its verdict."""
+    line = found.answers[model][number]
+    sign = {True: "✓ ", False: "✗ ", None: ""}[found.verdict(model, number)]
+    text = sign + (line.get("answer", line.get("error")) or "(no answer)")
+    return _hang(wrap(re.sub(r"[\x00-\x1f\x7f]", " ", text), 22 if _is_wide(text) else 44, 10))
 
 
 def _hang(text: str) -> str:

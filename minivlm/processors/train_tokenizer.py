@@ -60,9 +60,9 @@ def train_tokenizer(
 ) -> Any:
     """Train on ``texts``, save a transformers tokenizer folder and return the tokenizer.
 
-    ``tokens`` have the first ids, and every byte has an id, so nothing is ever unknown; the same texts give the same
-    tokenizer. ``lowercase`` suits a small model whose data are in lower case: it then reads any spelling. Raises
-    :class:`TokenizerError` for a vocabulary without room for tokens and bytes.
+    ``tokens`` have the first ids and may stand in the texts, and every byte has an id, so nothing is ever unknown; the
+    same texts give the same tokenizer. ``lowercase`` suits a small model whose data are in lower case: it then reads
+    any spelling. Raises :class:`TokenizerError` for a vocabulary without room for tokens and bytes.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -80,7 +80,8 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    marks = re.compile("|".join(map(re.escape, tokens.all)))  # they are never parts of what is learned
+    tokenizer.train_from_iterator((piece for text in texts for piece in marks.split(text) if piece), trainer)
     tokenizer = Tokenizer.from_str(_with_words(tokenizer.to_str(), tokens.words))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens.roles)
     fast.save_pretrained(folder)
