@@ -152,6 +152,7 @@ def draw_loss_curve(log: Path, target: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     steps = [r for r in read_log(log) if "loss" in r and "lr" in r]
     if len(steps) < 2:  # no curve yet
@@ -160,10 +161,11 @@ def draw_loss_curve(log: Path, target: Path, title: str) -> None:
     figure, axis = plt.subplots(figsize=(8, 4), dpi=120)
     axis.plot(x, losses, color="#9db7d5", linewidth=0.8, label="loss")
     axis.plot(x, _smooth(losses), color="#1f4e8c", linewidth=1.8, label="loss, smoothed")
-    axis.set(xlabel="step", ylabel="loss per supervised token", title=title, yscale="log")
-    evaluated = [(r["step"], r["loss"]) for r in read_log(log) if "loss" in r and "lr" not in r]
-    if evaluated:
-        axis.plot(*zip(*evaluated), "o-", color="#b0413e", markersize=4, label="loss, validation")
+    axis.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
+    axis.set_title(title, loc="left")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")  # 0.5, not 5 x 10^-1
+    axis.yaxis.set_minor_formatter(NullFormatter())
     evaluations = [r for r in read_log(log) if "accuracy" in r]
     right = axis.twinx()
     if evaluations:
@@ -174,15 +176,15 @@ def draw_loss_curve(log: Path, target: Path, title: str) -> None:
         right.plot(x, [r["lr"] for r in steps], color="#c98b2b", linewidth=1, label="learning rate")
         right.set(ylabel="learning rate")
     lines = [*axis.get_lines(), *right.get_lines()]
-    axis.legend(lines, [line.get_label() for line in lines], loc="center right", frameon=False)
-    with plt.rc_context({"axes.formatter.min_exponent": 3}):  # plain numbers at the side, not 6 x 10^0
-        figure.tight_layout()
-        figure.savefig(target)
+    names = [line.get_label() for line in lines]
+    axis.legend(lines, names, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(lines), frameon=False)
+    figure.tight_layout()
+    figure.savefig(target)
     plt.close(figure)
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean around every step: of a fortieth of all on either side, at most 25, so it does not lag behind."""
-    half = min(25, len(values) // 40)
-    windows = (values[max(0, place - half) : place + half + 1] for place in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+def _smooth(values: Sequence[float], share: float = 0.02) -> list[float]:
+    """Means over as many values before as behind each, a share of all, so that nothing lags; fewer at the ends."""
+    most = max(1, round(share * len(values)))
+    ranges = (values[n - k : n + k + 1] for n in range(len(values)) for k in (min(most, n),))
+    return [sum(some) / len(some) for some in ranges]
