@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from minivlm.runners.logs import RunLog, Trackers, draw_loss_curve
+from minivlm.runners.logs import RunLog, Trackers, _smooth, draw_loss_curve
 
 
 @pytest.fixture
@@ -64,9 +64,10 @@ def test_what_a_loss_curve_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     figure = plt.gcf()
     monkeypatch.undo()
     lines = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
-    assert lines["loss, validation"].get_xydata().tolist() == [[10, 4.5], [30, 4.2]]
+    assert lines["validation"].get_xydata().tolist() == [[10, 4.5], [30, 4.2]]
     one, other = (lines[name].get_ydata() for name in ("loss", "loss, smoothed"))
     assert list(other) == pytest.approx(list(one), abs=0.06)
+    assert sum(_smooth([float(step % 2) for step in range(300_000)])) == pytest.approx(150_000, rel=0.01), "in seconds"
     plt.close(figure)
     assert (tmp_path / "curve.png").stat().st_size > 0
 
