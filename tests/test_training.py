@@ -17,6 +17,7 @@ from minivlm.config import load_config
 from minivlm.datasets.base import DatasetError
 from minivlm.datasets.sampling import BatchPlan
 from minivlm.runners.experiment import run_experiment
+from minivlm.runners.logs import _smooth
 from minivlm.runners.precision import PrecisionError, cpu_has_bf16, resolve_precision
 
 QUIET = Console(quiet=True)
@@ -212,6 +213,14 @@ def test_loss_curve_and_config_are_written(tiny_experiment: dict[str, Any], tmp_
     assert Image.open(out / "loss_curve.png").size == (960, 480)
     assert "init_lr: 0.005" in (out / "config.yaml").read_text()
     assert list((out / "tensorboard").iterdir())
+
+
+def test_a_smoothed_loss_does_not_lag() -> None:
+    falling = [100 - n for n in range(100)]
+    smoothed = _smooth([float(n) for n in falling])
+    assert smoothed[:98] == pytest.approx(falling[:98])  # on a line the mean of both sides is the value itself
+    assert smoothed[98:] == pytest.approx([2.5, 2.0])
+    assert _smooth([1.0, 1.0, 7.0, 1.0, 1.0]) == pytest.approx([1, 3, 3, 3, 1])
 
 
 def test_best_checkpoint_by_validation(tiny_experiment: dict[str, Any], tmp_path: Path) -> None:
