@@ -17,7 +17,7 @@ from minivlm.checkpoints.files import is_llava_folder
 from minivlm.checkpoints.llava_folder import describe, describe_language_model
 from minivlm.checkpoints.loading import check_files, check_weights, load_checkpoint, load_parts, names_files
 from minivlm.checkpoints.native import CheckpointError, find_model_folder, read_config, read_manifest
-from minivlm.checkpoints.parts import check_tokenizer
+from minivlm.checkpoints.parts import check_tokenizer, model_folder
 from minivlm.config import ConfigError, ModelConfig, load_config
 from minivlm.config.experiment import one_alone
 from minivlm.config.loader import list_model_defaults, parse_model
@@ -179,6 +179,9 @@ def assemble(
     _expand_base(config.language_model)
     check_files(config)
     language = config.language_model.config
+    sources = [source for source in (config.checkpoint, config.language_model.weights) if source]
+    weights = model_folder(config.language_model.weights or "")
+    _take_tokenizer(config.language_model, str(weights / "tokenizer") if weights else None)
     tokenizer_path = getattr(language, "tokenizer", None) or getattr(language, "path", None)
     if not tokenizer_path:
         raise ModelError(
@@ -188,8 +191,8 @@ def assemble(
     tokenizer = load_tokenizer(
         tokenizer_path, getattr(language, "revision", None), getattr(language, "special_tokens", None)
     )
-    if config.language_model.weights:
-        check_tokenizer(tokenizer, tokenizer_path, config.language_model.weights)
+    for source in sources:
+        check_tokenizer(tokenizer, tokenizer_path, source)
     if meta or names_files(config):
         model = _build(config, len(tokenizer), meta=True)
         check_weights(model, config, fetch=not meta)
@@ -204,6 +207,12 @@ def assemble(
             for line in (*(report.summary for report in model.load_reports), *([note] if note else [])):
                 print(line, file=sys.stderr, flush=True)
     return model, build_processor(config, model, tokenizer), config
+
+
+def _take_tokenizer(part: ModelPart, path: str | None) -> None:
+    """Give a language model that names no tokenizer the one beside its weights."""
+    if hasattr(part.config, "tokenizer") and not (part.config.tokenizer or getattr(part.config, "path", None)):
+        part.config.tokenizer = path
 
 
 def _freeze_all(config: ModelConfig) -> None:
@@ -293,6 +302,8 @@ def _fill(config: ModelConfig, saved: ModelConfig) -> ModelConfig:
         )
     for part in PARTS:
         setattr(config, part, _fill_part(getattr(config, part), getattr(saved, part)))
+    assert config.language_model and saved.language_model
+    _take_tokenizer(config.language_model, getattr(saved.language_model.config, "tokenizer", None))
     if config.template is None:
         config.template = saved.template
     return config

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         prog="minivlm export", description="Write a model in the format of another project."
     )
     parser.add_argument("source", help="a folder that minivlm wrote, an experiment file, or a file with --cfg-path")
-    parser.add_argument("target", help="what to write; must not exist")
+    parser.add_argument("target", help="what to write; must not exist (minimind: a file, or its folder)")
     parser.add_argument("--to", choices=tuple(FORMATS), required=True, help="format of the target")
     parser.add_argument("--cfg-path", help="experiment file with the model that a file of weights belongs to")
     parser.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of that file")
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     )
     given = parser.parse_args(argv)
     target = Path(given.target)
-    if target.exists():
+    if target.exists() and not (FORMATS[given.to].names_file and target.is_dir()):
         parser.error(f"{target} exists; name another target, or remove it first")
     form = FORMATS[given.to]
     if form.reads_folder and (given.cfg_path or given.options or given.dtype):
@@ -110,10 +110,10 @@ def _write_minimind(job: Job, alone: bool) -> None:
     folder = model_folder(job.source)
     named = read_manifest(folder).stage if folder else ""
     stage = named if named not in ("", "train") else Path(job.source).stem  # "train": the file has one stage
-    model, _ = _assembled(job)
+    model, processor = _assembled(job)
     if not alone:
         _refuse_blind(model)
-    file, names = write_minimind(job.target, model, alone=alone, stage=stage)
+    file, names = write_minimind(job.target, model, alone=alone, stage=stage, tokenizer=processor.tokenizer)
     print(f"{file}: {len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
 
 
@@ -221,17 +221,22 @@ def read_model(source: str, cfg_path: str | None = None, options: Sequence[str] 
 
 @dataclass(frozen=True)
 class Format:
-    """A format of export. ``reads_folder``: it needs a model folder, whose files it takes as they are."""
+    """A format of export.
+
+    ``reads_folder``: it needs a model folder, whose files it takes as they are. ``names_file``: in a target that is a
+    folder it makes a file, whose name it knows.
+    """
 
     write: Callable[[Job], None]
     reads_folder: bool = field(default=False, kw_only=True)
+    names_file: bool = field(default=False, kw_only=True)
 
 
 FORMATS = {
     "transformers": Format(to_transformers),
     "transformers_llm": Format(to_transformers_llm),
-    "minimind": Format(to_minimind),
-    "minimind_llm": Format(to_minimind_llm),
+    "minimind": Format(to_minimind, names_file=True),
+    "minimind_llm": Format(to_minimind_llm, names_file=True),
     "llava": Format(to_llava),
     "imp": Format(to_llava),
     "imp_v1": Format(to_imp_v1),

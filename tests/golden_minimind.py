@@ -76,6 +76,11 @@ def is_first(name: str) -> bool:
     return "dim" in settings(name)
 
 
+def has_experts(name: str) -> bool:
+    """Whether the language model of a model is a mixture of experts."""
+    return bool(settings(name)["use_moe"])
+
+
 def is_whole(name: str) -> bool:
     """Whether the set has all rows of the embeddings."""
     return not any(key.endswith(ROWS) for key in load_file(GOLDEN / f"{name}.safetensors"))
@@ -135,7 +140,7 @@ def vision_folder(generation: str) -> Path:
 def section(name: str, **language: Any) -> dict[str, Any]:
     """Section ``model``: the packaged model with the sizes of the golden one and the quickstart's tokenizer."""
     config = language_config(settings(name))
-    kind = ("v1" if is_first(name) else "v3") + ("_moe" if settings(name)["use_moe"] else "")
+    kind = ("v1" if is_first(name) else "v3") + ("_moe" if has_experts(name) else "")
     return {
         "arch": "minimind_v",
         "model_type": kind,

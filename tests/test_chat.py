@@ -183,6 +183,18 @@ def test_long_conversation_can_lose_its_beginning(
         chat.ask("and now?", max_new_tokens=30)
 
 
+def test_the_processors_limit_is_the_conversations(parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is the smallest, as in a folder of MiniMind-V, a long conversation ends or goes on as with others."""
+    monkeypatch.setattr(parts[1].config, "max_length", 40)
+    chat = Chat(*parts, max_new_tokens=6)
+    with pytest.raises(SampleError, match=r"the conversation has .* and the model takes 40; begin a new"):
+        for _ in range(10):
+            chat.ask("what is it?")
+    chat = Chat(*parts, max_new_tokens=6, on_overflow="cut_left")
+    for _ in range(10):
+        assert chat.ask("what is it?")
+
+
 def test_only_options_with_an_effect_reach_the_model(parts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise transformers warns of every one that it does not use."""
     given: list[dict[str, Any]] = []

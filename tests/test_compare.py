@@ -70,7 +70,8 @@ def test_answers_are_those_of_a_conversation(work: Path, capsys: pytest.CaptureF
             assert line["tokens"] == chat.num_tokens <= 6 and line["seconds"] > 0
             assert f"[Image]: {line['image']}\n[Q]: {QUESTION}\n[A]: {line['answer']}\n({line['tokens']} t" in said.out
     assert len({line.get("answer") for line in lines()}) > 3
-    assert "1 of 3 pictures could not be used:\n  broken.png: cannot read" in said.err
+    assert "2 of 6 answers are missing:\n  broken.png: cannot read" in said.err
+    assert said.err.count("cannot read") == 1
     assert {path.name for path in Path("out").iterdir()} == {
         "answers.jsonl",
         "report.html",
@@ -153,6 +154,28 @@ def test_the_page_escapes_and_the_picture_stays_small(tmp_path: Path) -> None:
     assert draw_comparison(found, tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.height < 230 * (MOST_ROWS + 1)
+
+
+def test_nothing_is_cut_off(tmp_path: Path) -> None:
+    """Neither the last caption of the picture nor, on a narrow screen, a table of the page."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "black.png")
+    asked = [Asked("x", tmp_path / "black.png", "is there not a green shape in the image?", ["yes"])]
+    found = Comparison("data", asked, ["m"], [[{"answer": "yes", "tokens": 1, "seconds": 1}]])
+    assert draw_comparison(found, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        edge = picture.convert("L").crop((0, picture.height - 4, *picture.size))
+    assert edge.getextrema() == (255, 255)
+    page = render_html(found, "x")
+    assert page.count("<table") == page.count('<div class="wide"><table') == 2
+
+
+def test_the_report_is_no_picture_to_ask_about(work: Path) -> None:
+    Path("pictures/broken.png").unlink()
+    inside = ["--images", "pictures", "--output", "pictures/out", "--question", QUESTION, "--device", "cpu"]
+    for _ in range(2):
+        assert cli.main(["compare", "a.yaml", *inside]) == 0
+        assert len(Path("pictures/out/answers.jsonl").read_text().splitlines()) == 2
+    assert Path("pictures/out/report.png").is_file()
 
 
 def test_no_line_of_the_picture_begins_with_chinese_punctuation() -> None:

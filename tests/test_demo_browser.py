@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from browser import ANSWERS, QUESTION, address, open_page, screenshot, serve, toast, upload, visit
+from browser import ANSWERS, QUESTION, address, ask, open_page, screenshot, serve, toast, upload, visit
 from helpers import ROOT, tiny_model, write_yaml
 from PIL import Image, ImageDraw
 
@@ -23,18 +23,21 @@ from minivlm.config import load_config
 pytestmark = pytest.mark.browser
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a demo of a random model, which talks long nonsense."""
-    folder = tmp_path_factory.mktemp("demo")
+def demo_of(section: dict[str, Any], folder: Path) -> Path:
+    """The file of a demo of a random model, which talks long nonsense."""
     torch.manual_seed(3)
     model, processor, config = assemble(
-        load_config(write_yaml(folder / "model.yaml", {"model": tiny_model()})).stages[-1].model
+        load_config(write_yaml(folder / "model.yaml", {"model": section})).stages[-1].model
     )
     save_model(folder / "model", model, config, processor, Manifest())
     demo = {"title": "Shapes", "examples": ["what color is it?"], "max_new_tokens": 60, "max_upload_mb": 1}
-    content = {"model": {"checkpoint": str(folder / "model")}, "demo": demo}
-    with serve(write_yaml(folder / "demo.yaml", content)) as process:
+    return write_yaml(folder / "demo.yaml", {"model": {"checkpoint": str(folder / "model")}, "demo": demo})
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a demo."""
+    with serve(demo_of(tiny_model(), tmp_path_factory.mktemp("demo"))) as process:
         yield address(process)
 
 
@@ -128,6 +131,17 @@ def test_two_visitors_share_nothing(page: Any, server: str, picture: Path) -> No
     visit(other, server)
     assert other.locator(ANSWERS).count() == 0
     assert other.locator("#picture img").count() == 0
+
+
+def test_a_language_model_alone_is_only_asked(tmp_path: Path) -> None:
+    blind = {"vision_encoder": {"name": "none", "pictures": "drop"}, "connector": "none"}
+    with serve(demo_of(tiny_model() | blind, tmp_path)) as process, open_page(address(process), sees=False) as page:
+        assert page.locator("#picture").count() == 0
+        assert ask(page, "what color is it?", 1)
+        page.wait_for_selector("#speed >> text=/\\d+ tokens, [0-9.]+ tokens.s/")
+        page.click("#examples button")
+        page.wait_for_function(f"document.querySelectorAll('{ANSWERS}').length == 2")
+        screenshot(page, "text_only")
 
 
 def test_narrow_page_needs_no_sideways_scrolling(page: Any) -> None:

@@ -435,11 +435,16 @@ def test_files_at_the_wrong_key(tmp_path: Path) -> None:
 def test_files_that_are_something_else(tmp_path: Path) -> None:
     shutil.copy(GOLDEN / "llama" / "model.safetensors", tmp_path / "llama.safetensors")
     language = str(tmp_path / "llama.safetensors")
-    path = r"give its folder as model\.language_model\.path"
-    refused(golden_minigpt4("vicuna0", checkpoint=language), f"is no checkpoint; it holds a language model: {path}")
-    refused(
-        golden_minigpt4("vicuna0", weights=language), f"does not belong to this part; it holds a language model: {path}"
-    )
+    holds = r"holds a language model of .*in the names of transformers; give it as model\.language_model\.weights"
+    refused(golden_minigpt4("vicuna0", checkpoint=language), holds)
+    refused(golden_minigpt4("vicuna0", weights=language), holds)
+    part = load_file(language)
+    part.pop("model.norm.weight")
+    save_file(part, tmp_path / "shard.safetensors")
+    shard = str(tmp_path / "shard.safetensors")
+    path = r"it holds a language model: give its folder as model\.language_model\.path"
+    refused(golden_minigpt4("vicuna0", checkpoint=shard), f"is no checkpoint; {path}")
+    refused(golden_minigpt4("vicuna0", weights=shard), f"does not belong to this part; {path}")
     section = golden_minigpt4("vicuna0", checkpoint=str(GOLDEN / "llama"))
     refused(section, r"is a folder of Hugging Face, not one that minivlm wrote; give it as model\.language_model\.path")
     torch.save({"a.b": torch.zeros(1)}, tmp_path / "odd.pth")

@@ -104,7 +104,7 @@ def test_pictures_of_a_folder_from_the_command_line(
     assert all(set(line) == {"image", "prompt", "answer"} for line in lines(output))
     said = capfd.readouterr()
     assert re.fullmatch(rf"7 answers in {output} \(\d+ tokens, [\d.]+ tokens/s\)\n", said.out)
-    assert "7 of 7 records" in said.err and "pictures/s" in said.err
+    assert "7 of 7 records" in said.err and "records/s" in said.err
 
     before = output.read_bytes()
     assert generate(config, folder, output, "--prompt", "what is it?") == 0

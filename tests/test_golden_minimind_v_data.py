@@ -37,7 +37,8 @@ from minivlm.processors.template import ImageSlot, Template, Text
 from minivlm.processors.tokenizer import load_tokenizer
 from minivlm.types import IGNORE_INDEX, IMAGE_TOKEN_ID, Encoded, Message, Sample, SampleError
 
-FOLDER = Path(os.environ.get("MINIVLM_GOLDEN", ROOT / "tests" / "golden"))
+DEFAULT = ROOT / "tests" / "golden"
+FOLDER = Path(os.environ.get("MINIVLM_GOLDEN", DEFAULT))
 GOLDEN, TOKENIZERS = FOLDER / "minimind_v", FOLDER / "minimind_v_tokenizers"
 SPECIAL = {
     "v1": ["<unk>", "<s>", "</s>"],
@@ -96,8 +97,16 @@ def tokenizer(generation: str, real: bool) -> Any:
 
 def original(generation: str) -> dict[str, Any]:
     """The original's settings."""
-    found: dict[str, Any] = load_json(GOLDEN / generation / f"{generation}_dense_config.json")
+    files = sorted(file for file in (GOLDEN / generation).glob("*_config.json") if "vision" not in file.stem)
+    found: dict[str, Any] = load_json(files[0])  # in which all models of a generation agree
     return found
+
+
+def greedy(generation: str) -> list[dict[str, Any]]:
+    """The prompts about pictures of all models of a generation; another set than the default copy may have none."""
+    cases = [case for key, named in expected(generation).items() if key.endswith("/greedy") for case in named.values()]
+    assert cases or FOLDER != DEFAULT
+    return cases
 
 
 def placeholder_ids(generation: str) -> list[int]:
@@ -243,17 +252,15 @@ def test_golden_minimind_v_v1_a_prompt_without_room_for_its_answer_is_refused() 
 
 @pytest.mark.parametrize("real", tokenizers_of("v1"))
 def test_golden_minimind_v_v1_prompts(real: bool) -> None:
-    form, compared = form_of("v1"), 0
+    form = form_of("v1")
     made = processor("v1", real, form)
-    for golden in expected("v1")["v1_dense/greedy"].values():
+    for golden in greedy("v1"):
         text = golden["prompt_text"].split("user\n", 1)[1].split("</s>", 1)[0]  # holds the placeholder
         encoded = made.prompt_sample(Sample("p", [Message("user", text)], PICTURE), chat=True)
         again = form.render([Message("user", text), Message("assistant", None)], chat=True)
         assert as_text(again, form.config) == golden["prompt_text"]
         flags = [False] * len(golden["prompt_ids"])
         check(encoded, golden["prompt_ids"], flags, "v1", real, full=True)
-        compared += 1
-    assert compared
 
 
 def as_text(segments: Iterable[Any], config: TemplateConfig) -> str:
@@ -310,8 +317,8 @@ def test_golden_minimind_v_head_prompts_ids_and_labels(real: bool) -> None:
 
 @pytest.mark.parametrize("real", tokenizers_of("head"))
 def test_golden_minimind_v_head_generation_prompt(real: bool) -> None:
-    form, compared = form_of("head"), 0
-    for golden in expected("head")["head_dense/greedy"].values():
+    form = form_of("head")
+    for golden in greedy("head"):
         if golden.get("prompt_text") is None:
             continue
         text = golden["prompt_text"].split("user\n", 1)[1].split("<|im_end|>", 1)[0]
@@ -320,8 +327,6 @@ def test_golden_minimind_v_head_generation_prompt(real: bool) -> None:
         assert as_text(segments, form.config) == golden["prompt_text"]
         encoded = processor("head", real, form).prompt_sample(Sample("p", messages, PICTURE), chat=True)
         check(encoded, golden["prompt_ids"], [False] * len(golden["prompt_ids"]), "head", real, full=True)
-        compared += 1
-    assert compared
 
 
 @pytest.mark.parametrize("real", tokenizers_of("head"))

@@ -16,9 +16,11 @@ from golden_minimind import (
     golden_json,
     golden_model,
     golden_tensors,
+    has_experts,
     is_first,
     is_whole,
     make_batch,
+    settings,
     v1_batch,
     v3_batch,
 )
@@ -111,25 +113,25 @@ def test_golden_minimind_v_losses(compared: Compared, name: str, split: str) -> 
             output.logits[:, :-1].transpose(1, 2), targets, ignore_index=0, reduction="none"
         )
         compared.close(each, tensors.get(f"{own}/{split}/token_loss"))
-    compared.close(loss, numbers[f"{own}/{split}/loss"])
+    compared.close(loss, numbers.get(f"{own}/{split}/loss"))
 
 
-@pytest.mark.parametrize(("name", "split"), [(n, s) for n in NEWEST if "moe" in n for s in SPLITS[n]])
+@pytest.mark.parametrize(("name", "split"), [(n, s) for n in NEWEST if has_experts(n) for s in SPLITS[n]])
 def test_golden_minimind_v_balance_loss(compared: Compared, name: str, split: str) -> None:
     """Layer by layer, times its weight, on top of the loss in training and not in evaluation."""
-    weight = 5e-4
+    weight = settings(name)["router_aux_loss_coef"]
     model, _ = build(name, router_loss=weight, router_loss_form="per_layer")
     numbers, _, own = expected(name)
     batch = v3_batch(name, split)
     with torch.no_grad():
         output = model.train()(batch)
         assert model.eval()(batch).router_loss is None
-    compared.close(output.router_loss * weight, numbers[f"{own}/{split}/aux_loss_train"], 1e-7)
+    compared.close(output.router_loss * weight, numbers.get(f"{own}/{split}/aux_loss_train"), 1e-7)
     if is_whole(name):
-        compared.close(output.loss, numbers[f"{own}/{split}/train_total"])
+        compared.close(output.loss, numbers.get(f"{own}/{split}/train_total"))
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "moe" in name])
+@pytest.mark.parametrize("name", [name for name in MODELS if has_experts(name)])
 @torch.no_grad()
 def test_golden_minimind_v_routers(compared: Compared, name: str) -> None:
     """Which experts are chosen with which weights; the balance loss of the first version, which it never used."""
@@ -150,12 +152,10 @@ def test_golden_minimind_v_routers(compared: Compared, name: str) -> None:
             chosen = scores.topk(tensors[f"{own}/route_idx_layer{layer}"].shape[1], -1).indices.sort(-1).values
             compared.equal(chosen.tolist(), tensors[f"{own}/route_idx_layer{layer}"].tolist())
             picked = scores.gather(-1, chosen)
-            compared.close(picked / picked.sum(-1, keepdim=True), tensors[f"{own}/route_weight_layer{layer}"])
+            compared.close(picked / picked.sum(-1, keepdim=True), tensors.get(f"{own}/route_weight_layer{layer}"))
         if f"{own}/aux_layer{layer}" in numbers:
-            alpha = 0.01
-            compared.close(
-                per_sequence(logits, batch.attention_mask, 2) * alpha, numbers[f"{own}/aux_layer{layer}"], 1e-7
-            )
+            loss = per_sequence(logits, batch.attention_mask, settings(name)["num_experts_per_tok"])
+            compared.close(loss * settings(name)["aux_loss_alpha"], numbers[f"{own}/aux_layer{layer}"], 1e-7)
 
 
 def test_balance_is_one_per_expert_of_a_token() -> None:
@@ -201,14 +201,14 @@ def test_golden_minimind_v_masked_texts(compared: Compared, name: str) -> None:
     """A batch of two texts, the second padded on the right."""
     model, _ = golden_model(name)
     _, tensors, own = expected(name)
-    if f"{own}/masked/input_ids" not in tensors:
+    if not {f"{own}/masked/input_ids", f"{own}/masked/attention_mask"} <= tensors.keys():
         return
     ids, mask = (tensors[f"{own}/masked/{key}"].long() for key in ("input_ids", "attention_mask"))
     positions = torch.arange(ids.shape[1])[None].expand_as(ids)
     for seen_mask in (mask, None):  # right padding needs no mask
         hidden = model.language_model(model.language_model.embed(ids), seen_mask, positions)
-        compared.close(hidden[0], tensors[f"{own}/masked/hidden_sample0"])
-        compared.close(hidden[1, : int(mask[1].sum())], tensors[f"{own}/masked/hidden_sample1_valid"])
+        compared.close(hidden[0], tensors.get(f"{own}/masked/hidden_sample0"))
+        compared.close(hidden[1, : int(mask[1].sum())], tensors.get(f"{own}/masked/hidden_sample1_valid"))
 
 
 @pytest.mark.parametrize("name", [name for name in WHOLE if is_first(name)])
@@ -218,13 +218,13 @@ def test_golden_minimind_v_sampler(compared: Compared, name: str) -> None:
     model, _ = golden_model(name)
     numbers, tensors, own = expected(name)
     key = next((key for key in tensors if key.startswith(f"{own}/sampler_ids_")), None)
-    if key is None:  # of another set than the default copy
+    asked, probabilities = numbers.get(f"{own}/greedy_text_only"), tensors.get(str(key).replace("_ids_", "_probs_"))
+    if key is None or asked is None or probabilities is None:  # of another set than the default copy
         return
     temperature, top_k = (float(part[1:]) for part in key.split("_ids_")[-1].split("_")[:2])
-    prompt = numbers[f"{own}/greedy_text_only"]["prompt_ids"]
-    ids = list(prompt)
+    ids = list(asked["prompt_ids"])
     penalty = float(key.rsplit("_rp", 1)[1])
-    for golden_ids, golden_probs in zip(tensors[key], tensors[key.replace("_ids_", "_probs_")], strict=True):
+    for golden_ids, golden_probs in zip(tensors[key], probabilities, strict=True):
         logits = model(prompt_batch(name, ids), return_logits=True).logits[0, -1]
         logits[sorted(set(ids))] /= penalty  # the original divides negative ones, too, where transformers multiplies
         kept = (logits / temperature).topk(int(top_k))
@@ -260,8 +260,10 @@ def test_golden_minimind_v_sampler_of_the_newest(compared: Compared, name: str) 
                 TopPLogitsWarper(top_p),
             ]
         )
-        ids = list(numbers[f"{own}/sampler_prompt_ids"])
-        probabilities, counts = (tensors[key.replace("top8_ids", new)] for new in ("top8_probs", "support"))
+        ids = list(numbers.get(f"{own}/sampler_prompt_ids", []))
+        probabilities, counts = (tensors.get(key.replace("top8_ids", new)) for new in ("top8_probs", "support"))
+        if not ids or probabilities is None or counts is None:
+            continue
         for golden_ids, golden_probs, count in zip(tensors[key], probabilities, counts, strict=True):
             logits = model(prompt_batch(name, ids), return_logits=True).logits[:, -1]
             probs = steps(torch.tensor([ids]), logits)[0].softmax(-1)
@@ -278,10 +280,11 @@ def test_golden_minimind_v_rotary_table(compared: Compared, table: str) -> None:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
     tensors, positions = golden_tensors("head/expected.safetensors"), golden_json("head/expected.json")
-    for key in (key for key in tensors if key.startswith("rope") and key.endswith(f"_{table}_cos")):
+    listed = "rope_positions" in positions
+    for key in (key for key in tensors if listed and key.startswith("rope") and key.endswith(f"_{table}_cos")):
         size = int(key.removeprefix("rope").split("_")[0])
         ours = language_config({"hidden_size": size, "head_dim": size, "inference_rope_scaling": table == "yarn16"})
         rotary = Qwen3RotaryEmbedding(Qwen3Config(**{k: v for k, v in ours.items() if k != "model_type"}))
         cos, sin = rotary(torch.zeros(1, dtype=torch.float32), torch.tensor([positions["rope_positions"]]))
         compared.close(cos[0], tensors[key], what=key)
-        compared.close(sin[0], tensors[key.replace("_cos", "_sin")], what=key)
+        compared.close(sin[0], tensors.get(key.replace("_cos", "_sin")), what=key)

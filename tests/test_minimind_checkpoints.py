@@ -24,7 +24,7 @@ from golden_minimind import (
 )
 from helpers import write_yaml
 from minimind_parts import CLIP, SIGLIP
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minivlm import api
@@ -32,10 +32,12 @@ from minivlm.api import assemble
 from minivlm.checkpoints.inspection import inspect_path
 from minivlm.checkpoints.minimind import V1, V1_MOE, V3
 from minivlm.checkpoints.report import CheckpointError
+from minivlm.checkpoints.to_minimind import write_minimind
 from minivlm.config.loader import parse_model
 from minivlm.convert import main as convert
 from minivlm.export import main as export
 from minivlm.models.vlm import VisionLanguageModel
+from minivlm.processors.tokenizer import load_tokenizer
 from minivlm.types import IGNORE_INDEX
 
 __all__ = ["compared"]
@@ -165,6 +167,33 @@ def test_a_file_of_another_size_or_version() -> None:
         load(NEWEST_DENSE, weights(FIRST_DENSE))
 
 
+def test_a_language_model_without_norms_in_its_attention(tmp_path: Path) -> None:
+    """MiniMind2 of 2025: a Llama in the names of transformers, which the newest version has, too."""
+    state = {key: t for key, t in language_state(NEWEST_DENSE).items() if "q_norm" not in key and "k_norm" not in key}
+    torch.save(state, tmp_path / "llm_512.pth")
+    assert dict(inspect_path(str(tmp_path / "llm_512.pth")))["good for"] == "model.language_model.weights"
+    config = section(NEWEST_DENSE)["language_model"]["config"] | {"model_type": "llama"}
+    given = {"weights": str(tmp_path / "llm_512.pth")}
+    model = load(NEWEST_DENSE, None, language_model={"config": config, **given})
+    ours = model.language_model.state_dict()["model.model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(ours, state["model.layers.0.self_attn.q_proj.weight"].float())
+    with pytest.raises(CheckpointError, match=r"of the type llama \(as MiniMind2 of 2025.*that of this model is qwen3"):
+        load(NEWEST_DENSE, None, language_model=given)
+
+
+def test_the_tokenizer_of_a_folder_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands in front of the preset's, which the template comes from."""
+    monkeypatch.setenv("MINIVLM_MINIMIND_V1_TOKENIZER", "no/where")
+    folder = export_file(FIRST_DENSE, tmp_path, "llava", "--to", "transformers", "--no-check")
+    given = section(FIRST_DENSE)
+    del given["language_model"]["tokenizer"]
+    write_yaml(tmp_path / "again.yaml", {"model": given | {"checkpoint": str(folder)}})
+    model, processor = api.load(tmp_path / "again.yaml", device="cpu")
+    same_logits(FIRST_DENSE, model)
+    assert processor.tokenizer.get_vocab()["<image>"] == len(load_tokenizer("asset:quickstart"))
+    assert processor.template.config.assistant_prefix == "<s>assistant"
+
+
 def test_a_file_that_lacks_something(tmp_path: Path) -> None:
     for name, lost in ((FIRST_DENSE, "layers.1.ffn_norm.weight"), (NEWEST_DENSE, "vision_proj.mlp.3.bias")):
         state = original_state(name)
@@ -269,6 +298,8 @@ def test_golden_minimind_v_through_transformers(compared: Compared, name: str, t
     again = torch.load(tmp_path / "b.pth", weights_only=True)
     same(again, original_state(name))
     compared.equal(len(again), len(original_state(name)))
+    model = load(name, None, language_model={"weights": str(folder)})  # beside an encoder of a stage to come
+    same_logits(name, model)
 
 
 def test_the_first_version_as_llava_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,6 +310,52 @@ def test_the_first_version_as_llava_of_transformers(tmp_path: Path, capsys: pyte
     assert "logits differ by at most" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match=r"final_norm: true.*\n.*its layers are LayerNorm"):
         export_file(NEWEST_DENSE, tmp_path, "second", "--to", "transformers")
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if is_first(name)])
+def test_golden_minimind_v_through_llava_of_transformers(compared: Compared, name: str, tmp_path: Path) -> None:
+    """The whole model, projection and experts, there and back to the bit."""
+    folder = export_file(name, tmp_path, "llava", "--to", "transformers", "--no-check")
+    assert dict(inspect_path(str(folder)))["connector"].strip() == "linear"
+    for form, wanted in (("minimind", original_state(name)), ("minimind_llm", language_state(name))):
+        file = tmp_path / f"{form}.pth"
+        assert export([str(folder), str(file), "--to", form, "--dtype", "fp16"]) == 0
+        same(torch.load(file, weights_only=True), wanted)
+        compared.equal(len(wanted) > 0, True)
+
+
+def test_the_row_of_the_placeholder_does_not_come_back(tmp_path: Path) -> None:
+    """Where the tokenizer has an entry for every embedding, LLaVA's `<image>` gets one more; MiniMind-V has none."""
+    given = section(FIRST_DENSE)
+    rows = len(load_tokenizer("asset:quickstart"))
+    given["language_model"]["config"] |= {"vocab_size": rows}
+    file, _ = write_minimind(tmp_path / "first.pth", assemble(parse_model(given, "test"))[0])
+    write_yaml(tmp_path / "model.yaml", {"model": given | {"checkpoint": str(file)}})
+    assert export([str(tmp_path / "model.yaml"), str(tmp_path / "llava"), "--to", "transformers", "--no-check"]) == 0
+    table = load_file(tmp_path / "llava" / "model.safetensors")["language_model.model.embed_tokens.weight"]
+    assert len(table) == rows + 1
+    assert export([str(tmp_path / "llava"), str(tmp_path / "again.pth"), "--to", "minimind"]) == 0
+    first, again = (torch.load(each, weights_only=True) for each in (file, tmp_path / "again.pth"))
+    same(again, first)
+
+
+def test_a_projector_of_two_linear_layers_is_one(tmp_path: Path) -> None:
+    """Also where the second is not the identity: there is nothing between them."""
+    folder = export_file(FIRST_DENSE, tmp_path, "llava", "--to", "transformers", "--no-check")
+    tensors, (first, second) = (
+        load_file(folder / "model.safetensors"),
+        (f"multi_modal_projector.linear_{k}." for k in (1, 2)),
+    )
+    gen = torch.Generator().manual_seed(0)
+    for kind in ("weight", "bias"):
+        tensors[second + kind] = torch.randn(tensors[second + kind].shape, generator=gen)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model, _, _ = assemble(parse_model({"checkpoint": str(folder)}, "test"))
+    features = torch.randn(1, 50, tensors[first + "weight"].shape[1], generator=gen)
+    layer = torch.nn.functional.linear
+    inside = layer(features, tensors[first + "weight"], tensors[first + "bias"])
+    wanted = layer(inside, tensors[second + "weight"], tensors[second + "bias"])
+    torch.testing.assert_close(model.connector(features), wanted)
 
 
 @each_model
@@ -296,6 +373,10 @@ def test_file_names(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
         [f"llm_{width}{moe}.pth", f"sft_vlm_{width}{moe}.pth"],
     )
     assert found == (v1 if is_first(name) else v3)
+    for form in ("minimind", "minimind_llm"):  # stages and the language model share a folder
+        assert form == "minimind" or export([str(file), str(tmp_path / "minimind"), "--to", form]) == 0
+        with pytest.raises(CheckpointError, match=r"\.pth exists; name another file"):
+            export([str(file), str(tmp_path / "minimind"), "--to", form])
     other = tmp_path / "model.yaml"
     shutil.copy(file, other)
     with pytest.raises(CheckpointError, match="nothing tells whether this is a model of the stage pretrain or sft"):

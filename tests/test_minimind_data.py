@@ -22,7 +22,7 @@ from test_template import show, talk, template
 from minivlm import registry
 from minivlm.config.loader import load_config
 from minivlm.datasets.base import DatasetError
-from minivlm.datasets.chat_turns import with_tools
+from minivlm.datasets.chat_turns import with_thoughts, with_tools
 from minivlm.datasets.configs import LlavaJsonConfig, ParquetChatConfig
 from minivlm.datasets.doctor import check_dataset, print_report
 from minivlm.datasets.llava_json import LlavaJsonBuilder, check_record
@@ -150,6 +150,15 @@ def test_thoughts_stand_in_front_of_every_answer() -> None:
     assert show(form.render(talk("q", None))).endswith(f"assistant\n{block}")
     opened = Template(TemplateConfig(**(vars(form.config) | {"think_open": True})))
     assert show(opened.render(talk("q", None))).endswith("assistant\n<think>\n")
+
+
+def test_blanks_of_thoughts_stay() -> None:
+    """Line breaks around them alone go, as in the original's chat template."""
+    form = template("minimind_v3")
+    for answer in (with_thoughts("a", "\n  x = 1 \n\n"), "<think>\n  x = 1 \n</think>\n\na"):
+        assert "[<think>\n  x = 1 \n</think>\n\na<|im_end|>\n]" in show(form.render(talk("q", answer)))
+    assert with_thoughts("a", " \n") == "a"
+    assert "[<think>\n\n</think>\n\na<|im_end|>" in show(form.render(talk("q", "<think>\n \n</think>\n\na")))
 
 
 def test_thoughts_need_an_end() -> None:
@@ -295,8 +304,11 @@ def test_recut_keeps_columns(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_with_a_row(tmp_path: Path, record: dict[str, Any], reason: str) -> None:
     parquet.write_table(pyarrow.Table.from_pylist([record, {"conversations": "[]"}]), tmp_path / "a.parquet")
+    data = build(tmp_path / "a.parquet")
     with pytest.raises(SampleError, match=f"'0'.*{reason}"):
-        build(tmp_path / "a.parquet")[0]
+        data[0]
+    (complaint,) = data.check(0)  # what the data doctor reports, and goes on
+    assert complaint.startswith("record: ") and reason in complaint
 
 
 def test_what_is_wrong_with_a_file(tmp_path: Path) -> None:

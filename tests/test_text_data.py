@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 3.*broken JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: broken JSON .*one record a line"),
         ("a.txt", b" \n\n", "has no texts"),
         ("a.csv", b"x", "does not end with .txt or .jsonl"),
         ("absent/a.txt", None, "there is no file"),
@@ -112,6 +113,15 @@ def test_broken_texts_are_named_with_their_line(tmp_path: Path) -> None:
         TextBuilder(TextConfig(annotations=[str(tmp_path / "a.jsonl")]), "books"), "train", processor()
     )
     assert (report.total, report.bad) == (6, 5) and not report.ok
+
+
+def test_a_file_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", *({"text": "word " * 2000} for _ in range(500)))
+    tracemalloc.start()
+    samples = build(file, max_characters=1000)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(samples) == 5000 and most < Path(file).stat().st_size / 4
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------------

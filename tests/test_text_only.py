@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -250,8 +251,10 @@ def test_talking_without_pictures(tmp_path: Path) -> None:
         def isatty(self) -> bool:
             return False
 
-    run_terminal(chat, DemoConfig(), input=lambda _: next(lines), output=(said := Output()))  # type: ignore[arg-type]
-    assert "it takes no pictures" in said.text and "no picture yet" not in said.text and "/image" not in said.text
+    shown = [Image.open(picture(tmp_path))]  # --image-file
+    run_terminal(chat, DemoConfig(), shown, input=lambda _: next(lines), output=(said := Output()))  # type: ignore[arg-type]
+    assert said.text.count("it takes no pictures") == 2 and "(no answer)" not in said.text
+    assert "no picture yet" not in said.text and "/image" not in said.text
 
 
 def test_a_blind_twin_talks_about_pictures_that_it_does_not_see(tmp_path: Path) -> None:
@@ -283,7 +286,7 @@ def test_the_page_has_no_picture_box() -> None:
     assert [message["role"] for message in shown[-1][0]] == ["user", "assistant"]
 
 
-def test_a_blind_twin_side_by_side(tmp_path: Path) -> None:
+def test_a_blind_twin_side_by_side(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """``minivlm compare`` asks both about the pictures; one that refuses them says so."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -293,26 +296,37 @@ def test_a_blind_twin_side_by_side(tmp_path: Path) -> None:
         files.append(str(write_yaml(tmp_path / f"{name}.yaml", {"model": section, "run": {"device": "cpu"}})))
     command = ["--images", str(folder), "--question", "what?", "--max-new-tokens", "2"]
     assert cli.main(["compare", *files[:2], *command, "--output", str(tmp_path / "two")]) == 0
+    capfd.readouterr()
     assert cli.main(["compare", *files, *command, "--output", str(tmp_path / "again")]) == 1
+    said = (
+        "1 of 3 answers are missing:\n  picture.png (text.yaml): it has a picture, but the model has no vision encoder"
+    )
+    assert said in capfd.readouterr().err
     answers = [json.loads(line) for line in (tmp_path / "again" / "answers.jsonl").read_text().splitlines()]
     assert ["error" in answer for answer in answers] == [False, False, True]
     assert "no vision encoder" in answers[2]["error"]
 
 
-def test_answers_to_a_file_of_questions(tmp_path: Path, experiment: dict[str, Any]) -> None:
+def test_answers_to_a_file_of_questions(
+    tmp_path: Path, experiment: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
     """``minivlm generate``: records without pictures are answered, one with a picture is named."""
     experiment["run"]["max_steps"] = 1
     experiment["model"]["template"] = "qa"
     experiment["datasets"] = chats(tmp_path)
     out = train(experiment, tmp_path)
     picture(tmp_path)
-    asked = [{"image": [], "prompt": "what?"}, {"image": "picture.png", "prompt": "what?"}]
+    asked = [{"image": [], "prompt": "what?"}, {"prompt": "what?"}, {"image": "picture.png", "prompt": "what?"}]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
     target = tmp_path / "answers.jsonl"
     command = ["generate", str(out), "--input", str(tmp_path / "asked.jsonl"), "--output", str(target)]
     assert cli.main([*command, "--device", "cpu", "--max-new-tokens", "3"]) == 1
-    first, second = (json.loads(line) for line in target.read_text().splitlines())
-    assert "answer" in first and "no vision encoder" in second["error"]
+    first, second, third = (json.loads(line) for line in target.read_text().splitlines())
+    assert first["answer"] == second["answer"] and "no vision encoder" in third["error"]
+    capfd.readouterr()
+    shown = ["--image-file", str(tmp_path / "picture.png"), "--query", "what?", "--device", "cpu"]
+    assert cli.main(["chat", str(out), *shown]) == 2
+    assert re.search("^it has a picture, but the model has no vision encoder", capfd.readouterr().err, re.MULTILINE)
 
 
 # --- from one stage to the next -------------------------------------------------------------------------------------
@@ -354,6 +368,32 @@ def test_from_a_tokenizer_to_a_model_that_sees(
     sees["language_model"]["tokenizer"] = "asset:quickstart"
     with pytest.raises(CheckpointError, match=r"asset:quickstart is not the tokenizer that .*sft was trained with"):
         assemble(parse_model(sees, "test"))
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "weights"])
+def test_a_folders_own_tokenizer_stands_in_front_of_a_presets(
+    key: str, experiment: dict[str, Any], tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage that starts from it need not name it again; one that names another is refused."""
+    monkeypatch.setenv("MINIVLM_MINIMIND_V1_TOKENIZER", "asset:quickstart")
+    made = tmp_path / "tokenizer"
+    assert cli.main(["train-tokenizer", str(texts), "--output", str(made), "--vocab-size", "300"]) == 0
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 1000}
+    preset = {"arch": "minimind_v", "model_type": "v1_small", **NONE, "language_model": {"config": sizes}}
+    named = {"config": sizes, "tokenizer": str(made)}
+    experiment["model"] = {**preset, "template": "text", "language_model": named}
+    experiment["run"] |= {"max_steps": 1}
+    start = str(train(experiment, tmp_path))
+    later = {**preset, "checkpoint": start} if key == "checkpoint" else preset
+    language = {"config": sizes} if key == "checkpoint" else {"config": sizes, "weights": start}
+    for named in ({}, {"tokenizer": str(made)}, {"tokenizer": "asset:quickstart"}):
+        file = write_yaml(tmp_path / "later.yaml", {"model": {**later, "language_model": language | named}})
+        if "asset:quickstart" in named.values():
+            with pytest.raises(CheckpointError, match=r"asset:quickstart is not the tokenizer that .*out was trained"):
+                api.load(file, device="cpu")
+            continue
+        _, processor = api.load(file, device="cpu")
+        assert len(processor.tokenizer) == 300
 
 
 def test_a_checkpoint_of_the_other_kind_says_what_to_do(

@@ -36,7 +36,7 @@ def train(inputs: list[str], output: Path, *arguments: str) -> int:
 def test_texts_of_all_files_in_order(corpus: list[str]) -> None:
     found = list(read_texts([Path(path) for path in corpus]))
     assert found[:7] == ["\nwhat is it?", "这是一只狗", "what?", "a dog", "so", "plain text", "what?"]
-    assert found[7:] == [*TEXTS, "one line\n", "two lines\n"]
+    assert found[7:] == [*TEXTS, "one line", "two lines"]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,7 @@ BAD = [
     ("x.json", b'[{"text": "a"}\n', "broken JSON"),
     ("x.txt", b"fine\n\xff\xfe\n", "x.txt, line 2: it is not UTF-8"),
     ("x.txt", b"", "there is no text in"),
+    ("x.txt", b"\n \r\n", "there is no text in"),
     ("x.csv", b"a,b", "files of text end with .txt, .jsonl, .json"),
 ]
 

@@ -76,6 +76,7 @@ class Format:
     all or none. ``initial`` names what keeps its initial value, ones and zeros, when the file does not hold it.
     ``repeats`` names what the file holds whether it has been trained or not.
     ``ranks`` says how many dimensions a tensor has whose name, in the file, ends so.
+    ``prepare`` gives the tensors that count, where they are not simply those of the file.
     ``explain`` tells in words what a comparison of shapes would not, or None; ``describe`` adds to what
     ``sizes`` tell about a file.
     """
@@ -92,6 +93,7 @@ class Format:
     sizes: tuple[Size, ...] = ()
     ranks: Mapping[str, int] = field(default_factory=dict)
     base: bool = False
+    prepare: Callable[[WeightFile], Mapping[str, Tensor]] = lambda file: file.tensors
     explain: Callable[[WeightFile, VisionLanguageModel], str | None] = lambda file, model: None
     describe: Callable[[WeightFile], list[Row]] = lambda file: []
 
@@ -258,7 +260,7 @@ def check_foreign(
     and a report when it does not fit.
     """
     own = model.state_dict(keep_vars=True)
-    given = translate(form, file.tensors, own, model.language_model.head_dim)
+    given = translate(form, form.prepare(file), own, model.language_model.head_dim)
     if part and not form.part:
         _leave_others(given, part)
     needed = [*form.always_of(part), *(p for p in form.together if any(matches(p, name) for name in given.tensors))]

@@ -74,7 +74,8 @@ def _file(path: str) -> list[Row]:
     rows += [("holds", f"{form.name}, {'a base' if form.base else 'a checkpoint: what was trained'}")]
     rows += [("good for", form.key), *form.describe(file)]
     given = translate(form, file.tensors)
-    rows += [(s.what, f"{n} ({s.key})") for s in form.sizes if (n := measure(s, given.tensors)) is not None]
+    sizes = [(s.what, f"{n} ({s.key})") for s in form.sizes if (n := measure(s, given.tensors)) is not None]
+    rows += dict.fromkeys(sizes)  # of a head that is the embeddings there are two
     rows += _contents(file)
     rows += [("ignored", f"{len(names)} {reason}") for reason, names in given.ignored.items()]
     return rows + _training(file)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from minivlm.checkpoints.files import WeightFile
 from minivlm.checkpoints.foreign import Format, Rule, Size
 from minivlm.checkpoints.report import CheckpointError
@@ -17,6 +19,8 @@ from minivlm.models.vlm import PARTS, VisionLanguageModel
 _BUFFER = "buffers, which are computed anew"
 _UNUSED = "of layers behind the one that is used"
 _HEAD = "of the pooling head, which is not used"
+_PROJECTOR = "multi_modal_projector.linear_"
+_FUSED = f"{_PROJECTOR}1_2"
 
 
 def _vision(prefix: str) -> tuple[Rule, ...]:
@@ -25,6 +29,17 @@ def _vision(prefix: str) -> tuple[Rule, ...]:
         Rule(f"{prefix}head.*", why=_HEAD),
         Rule(f"{prefix}encoder.layers.#.*", "vision_encoder.model.encoder.layers.#.*", _UNUSED),
         Rule(f"{prefix}*", "vision_encoder.model.*"),
+    )
+
+
+def _experts(prefix: str) -> tuple[Rule, ...]:
+    """Each apart, as files have them; in memory transformers holds those of a layer in one tensor."""
+    mlp, ours = f"{prefix}layers.#.mlp.", "language_model.model.model.layers.#.mlp."
+    return (
+        Rule(f"{mlp}experts.#.gate_proj.weight", f"{ours}experts.gate_up_proj", stacked=(0, 2)),
+        Rule(f"{mlp}experts.#.up_proj.weight", f"{ours}experts.gate_up_proj", stacked=(1, 2)),
+        Rule(f"{mlp}experts.#.down_proj.weight", f"{ours}experts.down_proj", stacked=(0, 1)),
+        Rule(f"{mlp}moe_statics.*", f"{ours}gate.moe_statics.*"),
     )
 
 
@@ -39,6 +54,8 @@ _RULES = (
         for prefix in ("model.", "")
         for number, layer in ((1, 0), (2, 2))
     ),
+    *(Rule(f"{prefix}{_FUSED}.*", "connector.linear.*") for prefix in ("model.", "")),
+    *(rule for prefix in ("model.language_model.", "language_model.model.") for rule in _experts(prefix)),
     Rule("model.language_model.*.inv_freq", why=_BUFFER),
     Rule("language_model.*.inv_freq", why=_BUFFER),
     Rule("model.language_model.*", "language_model.model.model.*"),
@@ -50,7 +67,9 @@ _HIDDEN = "model.language_model.config.hidden_size"
 _VISION_SIZE = "model.vision_encoder.config.hidden_size"
 _SIZES = (
     Size("width of the vision encoder", _VISION_SIZE, "connector.layers.0.weight", 1),
+    Size("width of the vision encoder", _VISION_SIZE, "connector.linear.weight", 1),
     Size("width of the language model", _HIDDEN, "language_model.model.model.embed_tokens.weight", 1),
+    Size("width of the language model", _HIDDEN, "connector.linear.weight", 0),
     Size("embeddings", "model.language_model.vocab_size", "language_model.model.model.embed_tokens.weight", 0),
     Size(
         "layers of the language model",
@@ -59,6 +78,24 @@ _SIZES = (
         None,
     ),
 )
+
+
+def _prepare(file: WeightFile) -> Mapping[str, Tensor]:
+    """Two layers with nothing between them are one; if the second is the identity, it is the first to the bit."""
+    config = file.extra.get("config")
+    if not isinstance(config, Mapping) or config.get("projector_hidden_act") != "linear":
+        return file.tensors
+    kept = {name: tensor for name, tensor in file.tensors.items() if _PROJECTOR not in name}
+    start = next(name for name in file.tensors if _PROJECTOR in name).partition(_PROJECTOR)[0]
+    layers = [{n: file.tensors.get(f"{start}{_PROJECTOR}{k}.{n}") for n in ("weight", "bias")} for k in (1, 2)]
+    (first, inner), (second, outer) = (each.values() for each in layers)
+    assert first is not None and second is not None  # by which the format is recognised
+    if second.dim() != 2 or first.dim() != 2 or second.shape[1] != first.shape[0]:
+        return file.tensors  # which fit no model
+    kept[f"{start}{_FUSED}.weight"] = second @ first
+    if inner is not None and outer is not None:
+        kept[f"{start}{_FUSED}.bias"] = second @ inner + outer
+    return kept
 
 
 def _explain(file: WeightFile, model: VisionLanguageModel) -> str | None:
@@ -81,6 +118,7 @@ LLAVA_HF = Format(
     initial=("vision_encoder.model.post_layernorm.*",),
     base=True,
     sizes=_SIZES,
+    prepare=_prepare,
     ranks={"linear_1.weight": 2, "linear_2.weight": 2, "embed_tokens.weight": 2},
     explain=_explain,
 )
@@ -108,9 +146,10 @@ def describe_config(config: Mapping[str, Any], image: Mapping[str, Any] | None =
         raise CheckpointError(f"{_CONFIG} cannot be read: {' '.join(str(error).split())}") from error
     layer = llava.vision_feature_layer
     wrong = [] if isinstance(layer, int) else [f"vision_feature_layer {layer}: one layer is taken here"]
-    if llava.projector_hidden_act != "gelu":
-        wrong.append(f"projector_hidden_act {llava.projector_hidden_act}: connector mlp has gelu")
-    if not llava.multimodal_projector_bias:
+    is_linear = llava.projector_hidden_act == "linear"
+    if llava.projector_hidden_act not in ("gelu", "linear"):
+        wrong.append(f"projector_hidden_act {llava.projector_hidden_act}: connector mlp has gelu, linear has none")
+    if not llava.multimodal_projector_bias and not is_linear:
         wrong.append("multimodal_projector_bias false: connector mlp has biases")
     kind = llava.vision_config.model_type
     if kind not in VISION_TYPES:
@@ -118,6 +157,7 @@ def describe_config(config: Mapping[str, Any], image: Mapping[str, Any] | None =
     if wrong:
         raise CheckpointError(f"{_CONFIG}: {'; '.join(wrong)}")
     keeps = llava.vision_feature_select_strategy == "full" and VISION_TYPES[kind]
+    linear = {"name": "linear", "bias": bool(llava.multimodal_projector_bias)}
     language = {"name": "hf", "config": _settings(llava.text_config)}
     dtype = _DTYPES.get(str(llava.dtype)) or _DTYPES.get(str(llava.text_config.dtype))
     section: dict[str, Any] = {
@@ -127,7 +167,7 @@ def describe_config(config: Mapping[str, Any], image: Mapping[str, Any] | None =
             "layer": layer,
             "class_token": "keep" if keeps else "drop",
         },
-        "connector": {"name": "mlp", "depth": 2},
+        "connector": linear if is_linear else {"name": "mlp", "depth": 2},
         "language_model": language | ({"dtype": dtype} if dtype else {}),
         "template": "vicuna_v1",
     }

@@ -56,6 +56,7 @@ _V3 = (
     Rule(_EXPERT + "gate_proj.weight", _OURS + "mlp.experts.gate_up_proj", stacked=(0, 2)),
     Rule(_EXPERT + "up_proj.weight", _OURS + "mlp.experts.gate_up_proj", stacked=(1, 2)),
     Rule(_EXPERT + "down_proj.weight", _OURS + "mlp.experts.down_proj", stacked=(0, 1)),
+    Rule("model.layers.#.mlp.moe_statics.*", _OURS + "mlp.gate.moe_statics.*"),  # ERNIE in the names of transformers
     Rule("model.*", _LM + "model.*"),
     Rule("lm_head.*", _LM + "lm_head.*"),
 )
@@ -87,7 +88,8 @@ def kind_of(file: WeightFile) -> str:
     """The type of transformers' language model that computes what a file's does."""
     is_v3 = any("model.layers." in name for name in file.tensors)
     if any(".experts." in name for name in file.tensors):
-        return "qwen3_moe" if is_v3 else "ernie4_5_moe"
+        is_qwen = is_v3 and not any("moe_statics" in name for name in file.tensors)
+        return "qwen3_moe" if is_qwen else "ernie4_5_moe"
     if is_v3:
         return "qwen3" if any("q_norm" in name for name in file.tensors) else "llama"
     return "llama"
@@ -98,8 +100,11 @@ def _explain(file: WeightFile, model: VisionLanguageModel) -> str | None:
     own, kind = getattr(config, "model_type", None), kind_of(file)
     if own == kind or own not in _KINDS:
         return None
+    preset = f"arch minimind_v, model_type {_KINDS[kind]}"
+    if kind == "llama" and any("self_attn" in name for name in file.tensors):
+        preset = "as MiniMind2 of 2025, rope_theta 1e6, of which there is no packaged model"
     return (
-        f"its language model is of the type {kind} (arch minimind_v, model_type {_KINDS[kind]}), that of this model is "
+        f"its language model is of the type {kind} ({preset}), that of this model is "
         f"{own} (model.language_model.config.model_type)"
     )
 
@@ -134,10 +139,12 @@ def _language(name: str, signature: tuple[str, ...], rules: tuple[Rule, ...]) ->
 
 
 _OF_V1, _OF_V1_MOE = ("**layers.#.feed_forward.w1.weight",), ("**layers.#.feed_forward.experts.#.w1.weight",)
-_OF_V3 = ("**model.layers.#.self_attn.q_norm.weight",)
+_ENDS = ("**model.embed_tokens.weight", "**model.norm.weight")
+"""Both are in a file of a whole language model, and never in one of several shards."""
+_OF_V3 = ("**model.layers.#.self_attn.q_proj.weight",)
 V1, V1_MOE = _whole("first version", _OF_V1, _V1_DENSE), _whole("first version with experts", _OF_V1_MOE, _V1_MOE)
-V3 = _whole("newest version", ("**model.layers.#.self_attn.q_proj.weight",), _V3)
+V3 = _whole("newest version", _OF_V3, _V3)
 V1_LM = _language("first version", _OF_V1, _V1_DENSE)
 V1_MOE_LM = _language("first version with experts", _OF_V1_MOE, _V1_MOE)
-V3_LM = _language("newest version", _OF_V3, _V3)
+V3_LM = _language("newest version, or another one in the names of transformers", (*_OF_V3, *_ENDS), _V3)
 FORMATS = (V1, V1_MOE, V3, V1_LM, V1_MOE_LM, V3_LM)

@@ -16,6 +16,7 @@ from minivlm.io import atomic_file
 from minivlm.models.connectors.mlp import LinearConnector
 from minivlm.models.lora import is_adapter
 from minivlm.models.vlm import VisionLanguageModel
+from minivlm.types import IMAGE_MARKER
 
 _FORMATS = {"llama": (V1, V1_LM), "ernie4_5_moe": (V1_MOE, V1_MOE_LM), "qwen3": (V3, V3_LM), "qwen3_moe": (V3, V3_LM)}
 """By the type of the language model: the formats of a whole model and of the language model alone."""
@@ -26,27 +27,33 @@ _FIXED: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "norm_topk_prob": True},
 }
 """What the code of a version takes for granted, so that no file says it."""
+_TABLES = ("tok_embeddings.weight", "output.weight", "model.embed_tokens.weight", "lm_head.weight")
 _STAGES = {"sft": r"sft|instruct|finetun|stage_?2", "pretrain": r"pretrain|align|stage_?1"}
 """Stages of the original, and how a run's stage or a file is called that belongs to one."""
 
 
 def write_minimind(
-    target: Path, model: VisionLanguageModel, *, alone: bool = False, stage: str = ""
+    target: Path, model: VisionLanguageModel, *, alone: bool = False, stage: str = "", tokenizer: Any = None
 ) -> tuple[Path, list[str]]:
     """Write a ``.pth`` file; returns it and the names of its tensors.
 
     ``alone`` takes the language model only. A ``target`` that does not end in ``.pth`` is a folder, in which the file
-    has the original's name, for which ``stage`` says where the model comes from. Raises :class:`CheckpointError` for
-    what the original does not have.
+    has the original's name, for which ``stage`` says where the model comes from. The row of embeddings that the export
+    as LLaVA of transformers has added for ``<image>``, then the last entry of ``tokenizer``, is left out. Raises
+    :class:`CheckpointError` for what the original does not have.
     """
     form = _format(model, alone)
     file = target if target.suffix == ".pth" else target / file_name(model, alone, stage)
+    if file.exists():
+        raise CheckpointError(f"{file} exists; name another file, or remove it first")
     parts = ("language_model.",) if alone else ("connector.", "language_model.")
     state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(parts)}
     for name in [name for name in state if name.endswith("e_score_correction_bias")]:
         if bool(state.pop(name).count_nonzero()):
             raise CheckpointError(f"{form.name} has no {name}, which is not zero")
     done, lost = form.back(state, model.language_model.head_dim)
+    if tokenizer is not None and tokenizer.get_vocab().get(IMAGE_MARKER) == model.language_model.vocab_size - 1:
+        done |= {name: tensor[:-1] for name, tensor in done.items() if name in _TABLES}
     lost += [name for name in done if name.endswith(".bias") and not name.startswith("vision_proj.")]
     if lost:
         more = ", ..." if len(lost) > 3 else ""

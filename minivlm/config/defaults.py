@@ -54,11 +54,14 @@ def add_model_defaults(tree: Tree, problems: list[Problem]) -> Tree | None:
     except ConfigError as error:
         problems += error.problems
         return None
-    checkpoint = peek(tree, ("model", "checkpoint"))
+    checkpoint, weights = peek(tree, ("model", "checkpoint")), peek(tree, ("model", "language_model", "weights"))
+    held: list[str] = []
     if isinstance(checkpoint, str) and not is_weight_file(checkpoint):
         # The folder of a model holds every part; a .pth file only what was trained.
-        held = ("weights", "path", "revision") if _is_whole(Path(checkpoint)) else ("weights",)
-        _forget(defaults.values["model"], held)
+        held += ["weights", "path", "revision"] if _is_whole(Path(checkpoint)) else ["weights"]
+    if any(isinstance(each, str) and _has_tokenizer(Path(each)) for each in (checkpoint, weights)):
+        held.append("tokenizer")
+    _forget(defaults.values["model"], held)
     whole = overlay(defaults, tree, StageConfig)
     whole.values["model"] |= {"arch": arch, "model_type": model_type}
     return whole
@@ -86,6 +89,11 @@ def _is_whole(folder: Path) -> bool:
     if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         return False
     return any(any(folder.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin"))
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether a folder is a model with its tokenizer, as one of minivlm always is; a run yet to come is none."""
+    return (folder.is_dir() and not (folder / "config.json").is_file()) or (folder / "tokenizer.json").is_file()
 
 
 def add_dataset_defaults(tree: Tree, problems: list[Problem]) -> Tree:

@@ -46,4 +46,5 @@ def with_tools(system: str, tools: list[Any]) -> str:
 
 def with_thoughts(answer: str, thoughts: str | None) -> str:
     """An answer behind the thoughts that stand beside it under ``reasoning_content``."""
-    return f"<think>\n{thoughts.strip()}\n</think>\n\n{answer}" if thoughts and thoughts.strip() else answer
+    thoughts = (thoughts or "").strip("\n")
+    return f"<think>\n{thoughts}\n</think>\n\n{answer}" if thoughts.strip() else answer

@@ -122,7 +122,10 @@ class RecordDataset(Sequence[Sample], Generic[ConfigT]):
 
     def check(self, index: int) -> list[str]:
         """What the data doctor asks of a record: :meth:`complaints`, and pictures found under another name."""
-        record = self.record(index)
+        try:
+            record = self.record(index)
+        except SampleError as error:
+            return [f"record: {error.reason}"]
         found = self.complaints(record, index)
         if any(text.startswith(UNUSABLE) for text in found):
             return found

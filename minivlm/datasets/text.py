@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from minivlm.datasets.base import DatasetBuilder, DatasetError
 from minivlm.datasets.configs import TextConfig
-from minivlm.datasets.records import kind_of, scan_records
+from minivlm.datasets.records import kind_of
 from minivlm.paths import find_respelled
 from minivlm.registry import suggest
 from minivlm.types import Message, Sample, SampleError
@@ -40,7 +40,7 @@ class TextFile(Sequence[Sample]):
     def __init__(self, path: Path, max_characters: int | None, name: str):
         self.path, self.limit, self.name = path, max_characters, name
         self._is_json = path.suffix.lower() == ".jsonl"
-        spans = scan_records(path) if self._is_json else _scan_lines(path)
+        spans = _scan_lines(path, self._is_json)
         if not spans:
             raise DatasetError(f"{path} has no texts")
         self._index = array("q")
@@ -162,14 +162,23 @@ def _skip(text: str, start: int) -> int:
     return found.end() if found else start
 
 
-def _scan_lines(path: Path) -> array[int]:
-    """First and last byte of every line that holds more than blanks."""
+def _scan_lines(path: Path, is_json: bool) -> array[int]:
+    """First and last byte of every line that holds more than blanks; the file is never in memory as a whole."""
     spans, position = array("q"), 0
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             first = position + (3 if position == 0 and line.startswith(b"\xef\xbb\xbf") else 0)
             last = position + len(line.rstrip(b"\r\n"))
-            if line[first - position :].strip():
+            if (content := line[first - position :]).strip():
+                if is_json:
+                    _check_json(content, f"{path}, line {number}")
                 spans.extend((first, last))
             position += len(line)
     return spans
+
+
+def _check_json(line: bytes, where: str) -> None:
+    try:
+        json.loads(line.decode("latin-1"))  # whether its strings are UTF-8 shows on access
+    except ValueError as error:
+        raise DatasetError(f"{where}: broken JSON ({error}); the file must hold one record a line") from error

@@ -86,7 +86,11 @@ def _read_json(path: Path) -> Iterator[str]:
         yield from _texts_of(record, f"{path}, line {line}")
 
 
-_READERS = {".txt": _read_lines, ".jsonl": _read_jsonl, ".json": _read_json}
+def _read_txt(path: Path) -> Iterator[str]:
+    return (text for line in _read_lines(path) if (text := line.rstrip("\r\n")).strip())
+
+
+_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".json": _read_json}
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -104,7 +104,7 @@ def render_html(found: Comparison, title: str) -> str:
 <title>{name}</title><style>{CSS}{_OWN_CSS}</style></head><body><main>
 <h1>{name}</h1>
 <p class="lead">{question}</p>
-<table class="scores"><thead><tr>{columns}</tr></thead><tbody>{scores}</tbody></table>
+<div class="wide"><table class="scores"><thead><tr>{columns}</tr></thead><tbody>{scores}</tbody></table></div>
 <p class="soft">Right: of the {found.counted} with words to expect, those whose answer holds one of them.</p>
 <div class="wide"><table class="answers" style="min-width: {16 + 14 * len(found.models)}rem">
 <thead><tr><th>picture</th>{heading}</tr></thead>
@@ -166,7 +166,7 @@ def draw_comparison(found: Comparison, path: Path) -> bool:
     chosen = [number * len(found.asked) // count for number in range(count)]
     lines = max(_shown(found, model, number).count("\n") + 1 for number in chosen for model in range(len(found.models)))
     row, gap = max(0.9, 0.14 + 0.16 * lines), 0.36  # inches, as all sizes
-    width, height = 2.2 + 3.2 * len(found.models), 0.9 + (row + gap) * count
+    width, height = 2.2 + 3.2 * len(found.models), 0.75 + (row + gap) * count
     figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
     FigureCanvasAgg(figure)
     ratios = [2.0, *[3.2] * len(found.models)]
@@ -180,7 +180,7 @@ def draw_comparison(found: Comparison, path: Path) -> bool:
     rest = f" ({count} of {len(found.asked)} {found.counted})" if count < len(found.asked) else ""
     question = wrap(found.title + rest, int(width * 9), 2)
     figure.suptitle(question, y=1 - 0.12 / height, fontsize=11, va="top", parse_math=False, fontfamily=font)
-    figure.subplots_adjust(0.02, 0.25 / height, 0.98, 1 - 0.75 / height, wspace=0.06, hspace=gap / row)
+    figure.subplots_adjust(0.02, gap / height, 0.98, 1 - 0.75 / height, wspace=0.06, hspace=gap / row)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         figure.savefig(path, format="png")

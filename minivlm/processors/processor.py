@@ -95,18 +95,21 @@ class VLMProcessor:
         *,
         chat: bool = True,
         encoded_images: int = 0,
+        any_length: bool = False,
     ) -> Batch:
         """A generation prompt for a conversation as a batch of one.
 
         Messages may be ``{"role": ..., "content": ...}`` with ``<image>`` where a picture stands; ``chat``
         selects the template's form for talking. The first ``encoded_images`` markers belong to pictures whose
-        visual tokens the caller has; ``images`` and the batch then hold only those that follow.
+        visual tokens the caller has; ``images`` and the batch then hold only those that follow. Raises
+        :class:`SampleError`, of more tokens than ``max_length`` only if the caller does not take ``any_length``.
         """
         turns = [m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in messages]
         if not turns or turns[-1].content is not None:
             turns.append(Message("assistant", None))
         encoded = self._encode("prompt", turns, list(images), chat=chat, encoded_images=encoded_images)
-        self._refuse_long(encoded)
+        if not any_length:
+            self._refuse_long(encoded)
         return self.collate([encoded], for_generation=True)
 
     def collate(self, samples: Sequence[Encoded], *, for_generation: bool = False) -> Batch:

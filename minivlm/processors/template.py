@@ -160,7 +160,9 @@ def _with_thoughts(config: TemplateConfig, content: str, empty: bool) -> str:
     if not config.think_suffix:
         return content
     thoughts, _, answer = content.rpartition(config.think_suffix.strip())
-    thoughts = thoughts.strip().removeprefix(config.think_prefix.strip()).strip("\n")
+    thoughts = thoughts.lstrip().removeprefix(config.think_prefix.strip()).strip("\n")
+    if not thoughts.strip():
+        thoughts = ""
     if thoughts or empty:
         thoughts = config.think_prefix + thoughts + config.think_suffix
     return thoughts + answer.lstrip("\n")

@@ -110,10 +110,10 @@ class RunLog:
             sys.stdout.flush()
 
     def event(self, record: dict[str, Any]) -> None:
-        """Log something other than a step, such as an evaluation."""
+        """Log an evaluation; trackers get it under ``val/``, apart from the loss of the step."""
         self._write(record)
         if "step" in record:
-            self.trackers.log(record["step"], {k: v for k, v in record.items() if isinstance(v, float)})
+            self.trackers.log(record["step"], {f"val/{k}": v for k, v in record.items() if isinstance(v, float)})
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -147,7 +147,7 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def draw_loss_curve(log: Path, target: Path, title: str) -> None:
-    """Loss and learning rate over the steps, as PNG."""
+    """Loss and learning rate over the steps, and what was evaluated on the way, as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -161,6 +161,9 @@ def draw_loss_curve(log: Path, target: Path, title: str) -> None:
     figure, axis = plt.subplots(figsize=(8, 4), dpi=120)
     axis.plot(x, losses, color="#9db7d5", linewidth=0.8, label="loss")
     axis.plot(x, _smooth(losses), color="#1f4e8c", linewidth=1.8, label="loss, smoothed")
+    evaluated = [(r["step"], r["loss"]) for r in read_log(log) if "loss" in r and "lr" not in r]
+    if evaluated:
+        axis.plot(*zip(*evaluated), "o-", color="#b0413e", markersize=4, label="validation")
     axis.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
     axis.set_title(title, loc="left")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -183,8 +186,11 @@ def draw_loss_curve(log: Path, target: Path, title: str) -> None:
     plt.close(figure)
 
 
-def _smooth(values: Sequence[float], share: float = 0.02) -> list[float]:
-    """Means over as many values before as behind each, a share of all, so that nothing lags; fewer at the ends."""
-    most = max(1, round(share * len(values)))
+def _smooth(values: Sequence[float], share: float = 0.02, limit: int = 100) -> list[float]:
+    """Means over as many values before as behind each, so that nothing lags: a share of all, fewer at the ends.
+
+    ``limit`` bounds the work of a long run: without it a million steps would take hours.
+    """
+    most = min(limit, max(1, round(share * len(values))))
     ranges = (values[n - k : n + k + 1] for n in range(len(values)) for k in (min(most, n),))
     return [sum(some) / len(some) for some in ranges]

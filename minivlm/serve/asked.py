@@ -15,11 +15,15 @@ from minivlm.serve.records import read_records
 from minivlm.types import Sample
 
 
-def ask_folder(folder: Path, question: str, keywords: Path | None) -> list[Asked]:
-    """One question about every picture of a folder, at any depth. Raises :class:`ServeError` or DatasetError."""
+def ask_folder(folder: Path, question: str, keywords: Path | None, report: Path) -> list[Asked]:
+    """One question about every picture of a folder, at any depth, but that of an earlier ``report``.
+
+    Raises :class:`ServeError` or DatasetError.
+    """
     if not folder.is_dir():
         raise ServeError(f"--images: there is no folder {folder}")
     names = [record["image"] for record in read_records(folder, question)]
+    names = [name for name in names if (folder / name).resolve() != report.resolve()]
     words = read_keywords(keywords, names)
     return [Asked(name, folder / name, question, words.get(name, [])) for name in names]
 

@@ -176,7 +176,7 @@ class Chat:
         if self._pictures == "drop":
             question, images = self.processor.template.without_images(question), ()
         messages = [*state.messages, question]
-        batch = self.processor.prompt(messages, images, encoded_images=state.num_images)
+        batch = self.processor.prompt(messages, images, encoded_images=state.num_images, any_length=True)
         settings = self.options | options
         limit, used = self.context_length(), batch.input_ids.shape[1]
         if self.on_overflow == "cut_left":

@@ -6,6 +6,7 @@ import argparse
 import gc
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 FACTS = ("tokens", "seconds")
 """What a line of ``answers.jsonl`` says of its answer."""
 QUESTIONS = 24
+PICTURE = "report.png"
+_SHOWN = 3
+"""Pictures that the summary names of those for which the same answers are missing."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,7 +92,8 @@ def _what_to_ask(arguments: argparse.Namespace) -> tuple[str, list[Asked]]:
             raise ServeError(f"--{flag.replace('_', '-')} says nothing with {source}; leave it out")
     if arguments.images:
         question = arguments.question or PROMPT
-        return question, ask_folder(Path(arguments.images), question, arguments.keywords)
+        report = Path(arguments.output) / PICTURE
+        return question, ask_folder(Path(arguments.images), question, arguments.keywords, report)
     split = arguments.split or "test"
     return f"{arguments.data}: {split}", ask_dataset(arguments.data, split, arguments.max_samples or QUESTIONS)
 
@@ -180,7 +185,7 @@ def write_report(found: Comparison, output: Path) -> None:
     write_json(output / "results.json", results)
     write_atomic(output / "report.html", render_html(found, "Models side by side"))
     try:
-        with atomic_file(output / "report.png") as file:
+        with atomic_file(output / PICTURE) as file:
             if not draw_comparison(found, file):
                 print("note: report.png lacks signs that no font here has; report.html has them", file=sys.stderr)
     except ImportError:
@@ -193,11 +198,24 @@ def _summary(found: Comparison, output: Path) -> int:
         right = f"{score['hits']} of {score['scored']} right ({percent(score['share'])}), " if score["scored"] else ""
         print(f"{score['model']}: {right}{score['answered']} answers, {speed(score['tokens_per_second'])} tokens/s")
     print(f"report: {output / 'report.html'}")
-    bad = [
-        f"  {each.name}: {error}"
-        for number, each in enumerate(found.asked)
-        if (error := next((line["error"] for lines in found.answers if "error" in (line := lines[number])), None))
-    ]
-    if bad:
-        print(f"{len(bad)} of {len(found.asked)} {found.counted} could not be used:", *bad, sep="\n", file=sys.stderr)
-    return 1 if bad else 0
+    missing = sum(score["failed"] for score in found.scores())
+    if missing:
+        total = len(found.models) * len(found.asked)
+        print(f"{missing} of {total} answers are missing:", *_reasons(found), sep="\n", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def _reasons(found: Comparison) -> list[str]:
+    """Why answers are missing: a line a reason, with its pictures, and its models if others have answered."""
+    pictures: dict[str, dict[str, None]] = defaultdict(dict)  # of strings in their order
+    models: dict[str, dict[str, None]] = defaultdict(dict)
+    for model, lines in zip(found.models, found.answers, strict=True):
+        for each, line in zip(found.asked, lines, strict=True):
+            if "error" in line:
+                pictures[line["error"]][each.name] = models[line["error"]][model] = None
+    texts = []
+    for reason, names in pictures.items():
+        text = ", ".join(list(names)[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        by = f" ({', '.join(models[reason])})" if len(models[reason]) < len(found.models) else ""
+        texts.append(f"  {text}{by}: {reason}")
+    return texts

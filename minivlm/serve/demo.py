@@ -17,6 +17,7 @@ from minivlm.registry import RegistryError
 from minivlm.serve.assistant import Assistant, Tools
 from minivlm.serve.image_generation import device_beside, save_picture
 from minivlm.serve.loading import ServeError, add_arguments, decoding, load_model, parse, stage_of
+from minivlm.types import SampleError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,8 +106,11 @@ def _with_flags(demo: DemoConfig, arguments: argparse.Namespace) -> DemoConfig:
 
 
 def _answer(assistant: Assistant, query: str, images: Sequence[Image], demo: DemoConfig) -> int:
-    """One question, answered on standard output."""
-    reply = assistant.ask(query, images)
+    """One question, answered on standard output. Raises ServeError for one that cannot be answered."""
+    try:
+        reply = assistant.ask(query, images)
+    except SampleError as error:
+        raise ServeError(error.reason) from error
     print(reply.text)
     if assistant.speed:
         print(f"({assistant.speed})", file=sys.stderr)

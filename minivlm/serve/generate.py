@@ -108,11 +108,12 @@ def answer_records(
 
         def fail(error: SampleError) -> None:
             answers.add(numbers[error.sample_id], "error", error.reason)
-            advance(1, 0)
+            advance(1)
 
         for name, number in numbers.items():
             try:
-                samples.append(to_sample(name, answers.records[number], images, processor.template.with_images))
+                with_images = processor.template.with_images
+                samples.append(to_sample(name, answers.records[number], images, with_images, sees=chat.sees))
             except SampleError as error:
                 fail(error)
         encode = partial(_encode, processor, chat.context_length(), ocr)
@@ -128,7 +129,7 @@ def answer_records(
                 tokens, seconds = tokens + count, seconds + time.perf_counter() - start
                 for place, text in zip(places, texts, strict=True):
                     answers.add(numbers[samples[place].id], "answer", text)
-                advance(len(places), batch.num_images)
+                advance(len(places))
     return speed_of(tokens, seconds)
 
 
@@ -175,23 +176,23 @@ def _answers(chat: Chat, batch: Batch) -> tuple[list[str], int]:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int, int], None]]:
-    """``advance(records, pictures)`` for a bar; without a terminal a line now and then."""
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """``advance(records)`` for a bar; without a terminal a line now and then."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn()
     start = printed = time.perf_counter()
-    done = pictures = 0
+    done = 0
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total, speed="")
 
-        def advance(records: int, more: int) -> None:
-            nonlocal done, pictures, printed
-            done, pictures = done + records, pictures + more
+        def advance(records: int) -> None:
+            nonlocal done, printed
+            done += records
             now = time.perf_counter()
-            speed = f"{pictures / (now - start):.1f} pictures/s"
+            speed = f"{done / (now - start):.1f} records/s"
             bar.update(task, completed=done, speed=speed)
             if not console.is_terminal and (now - printed > _PRINT_EVERY or done == total):
                 left = (now - start) / done * (total - done)

@@ -62,11 +62,14 @@ def record_name(number: int, record: Record) -> str:
     return f"record {number + 1}" + (f" ({label})" if label else "")
 
 
-def to_sample(name: str, record: Record, images: Path, with_images: Any) -> Sample:
+def to_sample(name: str, record: Record, images: Path, with_images: Any, *, sees: bool = True) -> Sample:
     """The sample of a record; ``with_images(text, count)`` gives a text its markers.
 
-    Raises :class:`SampleError` for a record without pictures or text, or with a path that leaves ``images``.
+    Only for a model that ``sees`` must a record say that there is no picture. Raises :class:`SampleError` for one
+    without text or without a word of pictures, or with a path that leaves ``images``.
     """
+    if "image" not in record and not sees:
+        record = {**record, "image": []}
     if "image" not in record:
         raise SampleError(name, "it has no `image` (a path, a list of paths, or [] for none)")
     for finding in check_images(record["image"]):
@@ -150,7 +153,7 @@ class AnswerFile:
                     continue
                 raise DatasetError(
                     f"--output: {self.path} holds what is no answer to these records: {line.strip()[:200]}\n"
-                    "name another file, or delete it if it was made with another input or prompt"
+                    "name another output, or delete that file if it was made with other input, prompts or flags"
                 ) from error
             if "answer" in found:
                 self._lines[number] = f"{line}\n"

@@ -34,6 +34,7 @@ TEXT_HELP = f"""\
   /reset        begin again
 {_COMMANDS}"""
 """Of a model that takes no pictures."""
+TAKES_NONE = "this model has no vision encoder: it takes no pictures"
 QUESTION = "you: "
 ANSWER = "model: "
 _DIM = "\x1b[2m{}\x1b[0m"
@@ -59,7 +60,9 @@ def run_terminal(
     session.say(f"{demo.title}\n{session.help}")
     if demo.examples:
         session.say("  for example: " + " | ".join(demo.examples))
-    if images:
+    if images and not session.chat.sees:
+        session.say(TAKES_NONE)
+    elif images:
         session.begin(list(images))
     while True:
         try:
@@ -110,7 +113,7 @@ class _Terminal:
         from minivlm.processors.image import open_image
 
         if not self.chat.sees:
-            self.say("this model has no vision encoder: it takes no pictures")
+            self.say(TAKES_NONE)
             return
         if not text:
             self.say("which picture? /image PATH")
