@@ -18,9 +18,6 @@ from minivlm.models.configs import HFLanguageModelConfig
 from minivlm.models.hub import from_pretrained, load_hf_config, source_of
 from minivlm.models.quantization import quantization_arguments, replace_linear
 
-_CACHE_OPTIONS = {"past_key_values", "use_cache", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens"}
-"""With one of these the caller says what is kept between two tokens."""
-
 
 class HFLanguageModel(LanguageModel):
     """The decoder and the output head are called apart, so that the head runs on chosen positions only."""
@@ -108,12 +105,8 @@ class HFLanguageModel(LanguageModel):
 
     def generate(self, embeds: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         """Left-padded embeddings -> new ids [B, T], finished rows filled with the pad id."""
-        from minivlm.models.language.cache import roomy_cache
-
-        options = {"do_sample": False, "num_beams": 1} | options
-        if options["num_beams"] == 1 and not _CACHE_OPTIONS & options.keys() and (cache := roomy_cache(self.model)):
-            options["past_key_values"] = cache
-        return self.model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)
+        defaults = {"do_sample": False, "num_beams": 1}
+        return self.model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **defaults | options)
 
 
 @torch.no_grad()
