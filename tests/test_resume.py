@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -149,6 +150,21 @@ def test_a_finished_run_is_not_trained_again(tiny_experiment: dict[str, Any], tm
     before = (tmp_path / "out" / "model" / "model.safetensors").stat().st_mtime_ns
     run_experiment(load_config(config), QUIET)
     assert (tmp_path / "out" / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_settings_changed_after_the_end_are_told(tiny_experiment: dict[str, Any], tmp_path: Path) -> None:
+    tiny_experiment["run"] |= {"max_steps": 1}
+    config = write_yaml(tmp_path / "x.yaml", tiny_experiment)
+    run_experiment(load_config(config), QUIET)
+    said = []
+    for options in ([], ["run.init_lr=0.5", "model.connector.depth=3"]):
+        console = Console(record=True, width=200, file=io.StringIO())
+        run_experiment(load_config(config, options), console)
+        said.append(console.export_text())
+    assert "done before" in said[0] and "since then" not in said[0]
+    changes = [line.partition("without effect: ")[2] for line in said[1].splitlines() if "changed since then" in line]
+    assert [change.split(":")[0] for change in changes] == ["model.connector.depth", "run.init_lr"]
+    assert changes[1].endswith("-> 0.5")
 
 
 def test_resume_none_starts_anew_and_keeps_the_old_state(tiny_experiment: dict[str, Any], tmp_path: Path) -> None:

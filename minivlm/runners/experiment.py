@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -67,11 +68,13 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
     if engine.rank != 0:
         console = Console(quiet=True)
     done = folder / DONE
+    given = {section: to_container(getattr(stage, section)) for section in ("model", "datasets", "run")}
     if done.is_file() and run.resume == "auto" and not run.evaluate:
-        import json
-
+        before = json.loads(done.read_text())
         console.print(f"[bold]{stage.name}[/]: done before ({folder}); --options run.resume=none starts it anew")
-        return dict(json.loads(done.read_text())["metrics"])
+        for change in _changes(before.get("settings", given), given):
+            console.print(f"changed since then, without effect: {change}", style="yellow", markup=False, soft_wrap=True)
+        return dict(before["metrics"])
     console.rule(f"[bold]{stage.name}")
     start = time.perf_counter()
     if not run.evaluate:
@@ -105,10 +108,19 @@ def run_stage(stage: StageConfig, console: Console) -> dict[str, float]:
         _take_best(runner, engine, model, folder, console)
     metrics = _final_evaluation(stage, model, processor, engine, task, data, console)
     if engine.rank == 0 and not run.evaluate:
-        write_json(done, {"metrics": metrics, "seconds": time.perf_counter() - start, "log": LOG})
+        seconds = time.perf_counter() - start
+        write_json(done, {"metrics": metrics, "seconds": seconds, "log": LOG, "settings": given})
     engine.barrier()
     engine.close()
     return metrics
+
+
+def _changes(before: Any, now: Any, key: str = "") -> list[str]:
+    """``key: value of before -> value of now`` for each setting that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [name for name in (before | now) if f"{key}{name}" != "run.resume"]
+        return [c for name in keys for c in _changes(before.get(name), now.get(name), f"{key}{name}.")]
+    return [] if before == now else [f"{key.rstrip('.')}: {before} -> {now}"]
 
 
 class Splits:
