@@ -177,6 +177,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(
     assert losses(broken)[-4:] == losses(whole)[-4:]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(experiment: dict[str, Any], tmp_path: Path) -> None:
     experiment["run"] |= {"max_steps": 4}
     one = train(experiment, tmp_path)
