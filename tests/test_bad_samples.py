@@ -67,6 +67,7 @@ def test_in_a_stream_every_visit_counts_against_what_was_read(tmp_path: Path) ->
     assert named(tmp_path) == ["a"]
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_resume_do_not_add_up(
     tiny_experiment: dict[str, Any], tmp_path: Path, llava_data: Path
 ) -> None:

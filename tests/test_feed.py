@@ -212,6 +212,7 @@ def test_twenty_steps_over_shards_equal_ten_an_end_and_a_resume(
     assert losses(broken) == losses(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_with_their_own_cursors(streamed: dict[str, Any], tmp_path: Path) -> None:
     streamed["run"] |= {"max_steps": 8, "save_freq": 4, "num_workers": 1}
     config = write_yaml(tmp_path / "x.yaml", streamed)

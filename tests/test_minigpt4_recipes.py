@@ -45,7 +45,7 @@ def trained(folder: Path) -> dict[str, Tensor]:
     ("files", "model_type", "processes"),
     [
         ("minigpt4", "pretrain_vicuna0", 1),
-        ("minigpt4", "pretrain_vicuna0", 2),
+        pytest.param("minigpt4", "pretrain_vicuna0", 2, marks=pytest.mark.slow),
         ("minigpt4_llama2", "pretrain_llama2", 1),
     ],
 )
