@@ -6,10 +6,30 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import minivlm  # noqa: F401  (first, for the torchvision guard)
+
+
+def on_two_processes(folder: Path, listed: Sequence[Sequence[object]], timeout: float = 900) -> str:
+    """Run a list of (experiment file, options), written into ``folder``; what the first process prints."""
+    (folder / "list.json").write_text(json.dumps(listed))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, __file__, str(folder / "list.json")],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
 
 if __name__ == "__main__":
     import torch

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from helpers import ROOT, losses, tiny_model, write_yaml
 from rich.console import Console
+from runs_in_one_group import on_two_processes
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -407,30 +408,17 @@ def test_a_kill_while_saving_leaves_the_earlier_checkpoint(
 # --- two processes --------------------------------------------------------------------------------------------------
 
 
-def on_two_processes(folder: Path, runs: list[tuple[dict[str, Any], list[str]]], timeout: float = 400) -> str:
+def trained_on_two(folder: Path, runs: list[tuple[dict[str, Any], list[str]]], timeout: float = 400) -> str:
     """Run experiments one after the other in one process group; what the first process prints."""
-    listed = []
-    for number, (experiment, options) in enumerate(runs):
-        listed.append([str(write_yaml(folder / f"{number}.yaml", experiment)), options])
-    (folder / "list.json").write_text(json.dumps(listed))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "tests" / "runs_in_one_group.py"), str(folder / "list.json")],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    files = [str(write_yaml(folder / f"{number}.yaml", experiment)) for number, (experiment, _) in enumerate(runs)]
+    return on_two_processes(folder, [(file, options) for file, (_, options) in zip(files, runs, strict=True)], timeout)
 
 
 def test_two_processes_equal_ddp(experiment: dict[str, Any], tmp_path: Path) -> None:
     """With a batch of text on one of them: ZeRO-3 must come first, when DeepSpeed has not been used yet."""
     experiment["run"] |= {"batch_size_train": 1, "max_steps": 2, "seed": 3}
     kinds = {"zero3": ["run.deepspeed=zero3"], "zero2": [], "ddp": ["run.engine=ddp"]}
-    on_two_processes(tmp_path, [(experiment, [f"run.output_dir={tmp_path / k}", *o]) for k, o in kinds.items()])
+    trained_on_two(tmp_path, [(experiment, [f"run.output_dir={tmp_path / k}", *o]) for k, o in kinds.items()])
     assert_close(tmp_path / "zero2", tmp_path / "ddp")
     assert_close(tmp_path / "zero3", tmp_path / "ddp")
     shards = (tmp_path / "zero3" / "checkpoints" / "step_00000002" / "deepspeed").glob("*optim_states.pt")
@@ -483,7 +471,7 @@ def test_two_processes_with_every_weight_shared_out(
         ):
             changed = {**experiment, "model": experiment["model"] | models[kind]}
             runs.append((changed, [f"run.output_dir={folder / name}", *options]))
-    on_two_processes(tmp_path, runs, timeout=1500)
+    trained_on_two(tmp_path, runs, timeout=1500)
     for number, kind in enumerate(models):
         zero3, again, zero2, ddp = (tmp_path / str(number) / name for name in ("zero3", "again", "zero2", "ddp"))
         assert_close(zero2, ddp)

@@ -22,6 +22,7 @@ import torch
 from golden_mgm import golden_json
 from helpers import ROOT, losses, run_train
 from mini_gemini_parts import data_options, write_data, write_tiny
+from runs_in_one_group import on_two_processes
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -117,20 +118,6 @@ def long_run(runs: Runs, name: str) -> tuple[str, list[str]]:
     more = {"output_dir": runs.folder("8x7b", "long", name), "max_steps": LONG, "save_freq": 1000}
     file, given = runs.of("8x7b", "long", "stage2", **more)
     return file, [*given, f"model.checkpoint={runs.folder('8x7b', 'deepspeed', 'stage1')}"]
-
-
-def on_two_processes(folder: Path, listed: list[tuple[str, list[str]]]) -> None:
-    (folder / "list.json").write_text(json.dumps(listed))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "tests" / "runs_in_one_group.py"), str(folder / "list.json")],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

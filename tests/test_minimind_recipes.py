@@ -8,8 +8,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from minimind_parts import (
     write_real_sizes,
     write_tiny,
 )
+from runs_in_one_group import on_two_processes
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -397,17 +396,7 @@ def test_two_processes(data: Path, tiny: dict[str, str], tmp_path: Path) -> None
                 train(stem, given)
             else:
                 listed.append((str(CONFIGS / f"{stem}.yaml"), given))
-    (tmp_path / "list.json").write_text(json.dumps(listed))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "tests" / "runs_in_one_group.py"), str(tmp_path / "list.json")],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(tmp_path, listed)
     for model_type in ("v1_small", "v1_small_moe", "v3", "v3_moe"):
         one, two = (tmp_path / f"{model_type}_{processes}" for processes in (1, 2))
         # the balance loss of a process is that of its own tokens, and a token may then go to another expert

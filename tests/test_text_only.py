@@ -269,7 +269,6 @@ def test_a_blind_twin_talks_about_pictures_that_it_does_not_see(tmp_path: Path) 
 
 
 def test_the_page_has_no_picture_box() -> None:
-    pytest.importorskip("gradio")
     from minivlm.serve.web import build_page
     from minivlm.serve.web_handlers import Handlers
 
