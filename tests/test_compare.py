@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from minivlm import cli
 from minivlm.api import assemble
+from minivlm.checkpoints.native import Manifest, save_model
 from minivlm.config import load_config
 from minivlm.evaluation.comparison import MOST_ROWS, Asked, Comparison, _hang, draw_comparison, pattern, render_html
 from minivlm.serve import compare
@@ -102,6 +104,32 @@ def test_a_second_run_goes_on(work: Path, capsys: pytest.CaptureFixture[str], mo
     assert run("b.yaml", "a.yaml") == 0 and loaded == [0, 1, 1]  # another order of the columns
     assert run("a.yaml", "b.yaml", "--max-new-tokens", "3") == 2  # other answers would be mixed with these
     assert "holds what is no answer" in capsys.readouterr().err
+
+
+def test_a_model_that_was_trained_anew_is_asked_again(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("pictures/broken.png").unlink()
+    stage = load_config("a.yaml").stages[-1]
+    for name, seed in (("first", 0), ("second", 1)):
+        torch.manual_seed(seed)
+        model, processor, config = assemble(stage.model)
+        save_model(Path(name), model, config, processor, Manifest())
+    monkeypatch.undo()  # the models are read from their folders
+    monkeypatch.chdir(work)
+    assert run("first", "second", "--max-new-tokens", "4") == 0
+    before = {(line["model"], line["image"]): line for line in lines()}
+    shutil.rmtree("first")
+    shutil.copytree("second", "first", copy_function=shutil.copyfile)  # with new times
+    capsys.readouterr()
+    assert run("first", "second", "--max-new-tokens", "4") == 0
+    said = capsys.readouterr().err
+    assert "2 answers of an earlier run are asked for again" in said and "2 of 4 answers are kept" in said
+    after = {(line["model"], line["image"]): line for line in lines()}
+    assert len(lines()) == len(after) == 4
+    for (model, image), line in after.items():
+        assert line["answer"] == before["second", image]["answer"]
+        assert (line == before[model, image]) == (model == "second")
 
 
 def test_keywords_are_scored_without_asking_again(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

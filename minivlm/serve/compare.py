@@ -19,7 +19,7 @@ from minivlm.io import atomic_file, write_atomic, write_json
 from minivlm.serve.asked import ask_dataset, ask_folder
 from minivlm.serve.flags import apply_flags, positive
 from minivlm.serve.generate import PROMPT
-from minivlm.serve.loading import ServeError, add_loading, decoding, load_model, read_stage
+from minivlm.serve.loading import ServeError, add_loading, decoding, load_model, read_stage, weights_written
 from minivlm.serve.records import AnswerFile
 from minivlm.types import SampleError
 
@@ -43,13 +43,16 @@ def main(argv: Sequence[str]) -> int:
     title, asked = _what_to_ask(arguments)
     names = labels(arguments.models)
     stages = [apply_flags(read_stage(model), arguments) for model in arguments.models]
-    records = [
-        {"model": model, "image": each.name, "prompt": each.question, "decoding": decoding(stage.demo)}
+    models = [
+        {"model": model, "weights_written": weights_written(stage), "decoding": decoding(stage.demo)}
         for model, stage in zip(arguments.models, stages, strict=True)
-        for each in asked
     ]
+    records = [{**model, "image": each.name, "prompt": each.question} for model in models for each in asked]
     output = Path(arguments.output)
-    answers = AnswerFile(output / "answers.jsonl", records, FACTS)
+    answers = AnswerFile(output / "answers.jsonl", records, FACTS, version="weights_written")
+    if answers.outdated:
+        note = f"{answers.outdated} answers of an earlier run are asked for again: the weights are others now"
+        print(f"note: {note}", file=sys.stderr)
     if kept := len(records) - len(answers.todo):
         note = f"{kept} of {len(records)} answers are kept from an earlier run; delete {answers.path} to ask again"
         print(f"note: {note}", file=sys.stderr)

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivlm.config.experiment import DemoConfig, ModelConfig, StageConfig
-from minivlm.paths import is_placeholder, is_weight_file
+from minivlm.paths import WEIGHT_SUFFIXES, is_placeholder, is_weight_file
 from minivlm.serve.flags import ServeError, add_flags, apply_flags, use_template
 
-__all__ = ["ServeError", "add_arguments", "add_loading", "decoding", "load_model", "parse", "read_stage", "stage_of"]
+__all__ = [
+    "ServeError",
+    "add_arguments",
+    "add_loading",
+    "decoding",
+    "load_model",
+    "parse",
+    "read_stage",
+    "stage_of",
+    "weights_written",
+]
 
 if TYPE_CHECKING:
     from minivlm.models.vlm import VisionLanguageModel
@@ -116,6 +128,24 @@ def load_model(stage: StageConfig, arguments: argparse.Namespace) -> tuple[Visio
         print("note: a CPU is slow in fp16; the language model is kept in bf16", file=sys.stderr)
         cast(language_model, torch.bfloat16)
     return place(model, where).eval(), processor
+
+
+def weights_written(stage: StageConfig) -> str | None:
+    """When the newest file of weights was written that section ``model`` names here, as ISO time; None without one."""
+    newest = 0.0
+    for path in _paths(asdict(stage.model)):
+        files = [path] if path.is_file() else path.rglob("*")
+        newest = max([newest, *(file.stat().st_mtime for file in files if file.suffix in WEIGHT_SUFFIXES)])
+    return datetime.fromtimestamp(newest, timezone.utc).isoformat() if newest else None
+
+
+def _paths(section: Mapping[str, Any]) -> Iterator[Path]:
+    """The files and folders that a section names at any depth."""
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value)
+        elif key in ("checkpoint", "path", "weights") and value and Path(value).exists():
+            yield Path(value)
 
 
 def decoding(demo: DemoConfig) -> dict[str, Any]:

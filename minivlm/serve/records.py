@@ -86,14 +86,17 @@ class AnswerFile:
 
     What an earlier run has answered is kept, what failed is to be done again if it is still there, and a last line
     that was cut off is dropped. Raises :class:`DatasetError` if the file holds something else than answers to these
-    records. ``facts`` are keys of what a line may say of its answer.
+    records. ``facts`` are keys of what a line may say of its answer. An answer that differs from its record in
+    ``version`` alone, a key, is of another time: it is dropped and counted in ``outdated``.
     """
 
-    def __init__(self, path: Path, records: list[Record], facts: tuple[str, ...] = ()):
+    def __init__(self, path: Path, records: list[Record], facts: tuple[str, ...] = (), version: str = ""):
         self.path = path
         self.records = records
         self._added = (*RESULTS, *facts)
+        self._version = version
         self.failed: dict[int, str] = {}
+        self.outdated = 0
         self._lines: dict[int, str] = {}
         self._file: IO[str] | None = None
         if path.exists():
@@ -137,17 +140,21 @@ class AnswerFile:
         """Whether a line tells of a failure with a record that is no longer there, as a broken picture."""
         return "error" in line and line.keys() - self._added == self.records[0].keys()
 
+    def _key(self, line: Record) -> str:
+        """What makes the record of a line the same."""
+        return json.dumps({k: line[k] for k in line if k not in (*self._added, self._version)}, sort_keys=True)
+
     def _read(self) -> None:
         numbers = defaultdict(list)
         for number, record in reversed(list(enumerate(self.records))):
-            numbers[_key(record)].append(number)
+            numbers[self._key(record)].append(number)
         *lines, rest = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         if rest and not _is_cut_off(rest):
             lines.append(rest)
         for line in lines:
             try:
                 found = json.loads(line)
-                number = numbers[_key({key: found[key] for key in found if key not in self._added})].pop()
+                number = numbers[self._key(found)].pop()
             except (ValueError, TypeError, IndexError) as error:
                 if isinstance(error, IndexError) and self._failed_before(found):
                     continue
@@ -155,7 +162,9 @@ class AnswerFile:
                     f"--output: {self.path} holds what is no answer to these records: {line.strip()[:200]}\n"
                     "name another output, or delete that file if it was made with other input, prompts or flags"
                 ) from error
-            if "answer" in found:
+            if found.get(self._version) != self.records[number].get(self._version):
+                self.outdated += "answer" in found
+            elif "answer" in found:
                 self._lines[number] = f"{line}\n"
 
 
@@ -165,7 +174,3 @@ def _is_cut_off(line: str) -> bool:
     except ValueError:
         return line.startswith("{")
     return False
-
-
-def _key(record: Record) -> str:
-    return json.dumps(record, sort_keys=True)
