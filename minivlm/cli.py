@@ -134,6 +134,7 @@ def _dry_run(experiment: Experiment) -> int:
 def _run(experiment: Experiment, argv: Sequence[str]) -> int:
     from rich.console import Console
 
+    from minivlm.models.base import ModelError
     from minivlm.runners.experiment import is_main_process, run_experiment
     from minivlm.runners.runner import Interrupted
 
@@ -144,6 +145,10 @@ def _run(experiment: Experiment, argv: Sequence[str]) -> int:
         if is_main_process():
             print(f"\n{stop}\nto go on: {_command_to_go_on(argv)}", file=sys.stderr)
         return INTERRUPTED
+    except ModelError as error:
+        read = {name for (_, key), name in experiment.variables.items() if f"{key}:" in str(error)}
+        hint = f"; the environment variable {', '.join(sorted(read))} names another" if read else ""
+        raise type(error)(f"{error}{hint}") from error
     if is_main_process():
         stage = experiment.stages[-1]
         folder = shlex.quote(stage.run.output_dir)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, losses
+from helpers import ROOT, losses, write_yaml
 from minimind_parts import (
     CONFIGS,
     TOKENIZERS,
@@ -111,6 +111,15 @@ def test_the_language_model_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> No
             assert stage.model.language_model and stage.model.language_model.weights == path
             monkeypatch.setenv("MINIVLM_MINIMIND_LLM", "512_llm.pth")
         monkeypatch.delenv("MINIVLM_MINIMIND_LLM")
+
+
+def test_what_is_missing_names_its_variable(
+    tiny_experiment: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_experiment["model"]["language_model"]["weights"] = "${oc.env:MINIVLM_MINIMIND_LLM,nowhere/sft}"
+    assert main(["train", "--cfg-path", str(write_yaml(tmp_path / "x.yaml", tiny_experiment))]) == 2
+    said = "model.language_model.weights: there is no file nowhere/sft; the environment variable MINIVLM_MINIMIND_LLM"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stem", ["minimind_v_pretrain", "minimind_v_sft"])
