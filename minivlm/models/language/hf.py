@@ -16,7 +16,11 @@ from minivlm.models.balance import load_balancing
 from minivlm.models.base import DTYPES, LanguageModel, ModelError, on_meta_device
 from minivlm.models.configs import HFLanguageModelConfig
 from minivlm.models.hub import from_pretrained, load_hf_config, source_of
+from minivlm.models.language.few_rows import fast_few_rows
 from minivlm.models.quantization import quantization_arguments, replace_linear
+
+_CACHE_OPTIONS = {"past_key_values", "use_cache", "cache_implementation", "assistant_model", "prompt_lookup_num_tokens"}
+"""With one of these the caller says what is kept between two tokens."""
 
 
 class HFLanguageModel(LanguageModel):
@@ -105,8 +109,15 @@ class HFLanguageModel(LanguageModel):
 
     def generate(self, embeds: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         """Left-padded embeddings -> new ids [B, T], finished rows filled with the pad id."""
-        defaults = {"do_sample": False, "num_beams": 1}
-        return self.model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **defaults | options)
+        from minivlm.models.language.cache import roomy_cache
+
+        options = {"do_sample": False, "num_beams": 1} | options
+        if options["num_beams"] == 1 and not _CACHE_OPTIONS & options.keys():
+            cache = roomy_cache(self.model, options.get("max_new_tokens"))
+            if cache is not None:
+                options["past_key_values"] = cache
+        with fast_few_rows(self.model):
+            return self.model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)
 
 
 @torch.no_grad()
