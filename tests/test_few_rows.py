@@ -14,6 +14,19 @@ from minivlm.models.language.hf import HFLanguageModel
 LARGE = {"in_features": 512, "out_features": 256}
 
 
+@pytest.fixture(autouse=True)
+def mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products are right with any library."""
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+
+
+def test_without_mkl_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    layer = nn.Linear(**LARGE)
+    with fast_few_rows(layer):
+        assert type(layer) is nn.Linear
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (1,), (2, 1), (1, 3), (2, 3), (), (0, 1), (MOST_ROWS + 1, 1)])
 def test_the_same_product(shape: tuple[int, ...], bias: bool) -> None:
