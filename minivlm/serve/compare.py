@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     ]
     records = [{**model, "image": each.name, "prompt": each.question} for model in models for each in asked]
     output = Path(arguments.output)
-    answers = AnswerFile(output / "answers.jsonl", records, FACTS, version="weights_written")
+    answers = AnswerFile(output / "answers.jsonl", records, FACTS, versions=("weights_written",))
     if answers.outdated:
         note = f"{answers.outdated} answers of an earlier run are asked for again: the weights are others now"
         print(f"note: {note}", file=sys.stderr)

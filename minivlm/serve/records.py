@@ -86,15 +86,15 @@ class AnswerFile:
 
     What an earlier run has answered is kept, what failed is to be done again if it is still there, and a last line
     that was cut off is dropped. Raises :class:`DatasetError` if the file holds something else than answers to these
-    records. ``facts`` are keys of what a line may say of its answer. An answer that differs from its record in
-    ``version`` alone, a key, is of another time: it is dropped and counted in ``outdated``.
+    records. ``facts`` are keys of what a line may say of its answer. An answer that differs from its record
+    in ``versions`` alone, keys of the record, is of another time: it is dropped and counted in ``outdated``.
     """
 
-    def __init__(self, path: Path, records: list[Record], facts: tuple[str, ...] = (), version: str = ""):
+    def __init__(self, path: Path, records: list[Record], facts: tuple[str, ...] = (), versions: tuple[str, ...] = ()):
         self.path = path
         self.records = records
         self._added = (*RESULTS, *facts)
-        self._version = version
+        self._versions = versions
         self.failed: dict[int, str] = {}
         self.outdated = 0
         self._lines: dict[int, str] = {}
@@ -142,7 +142,7 @@ class AnswerFile:
 
     def _key(self, line: Record) -> str:
         """What makes the record of a line the same."""
-        return json.dumps({k: line[k] for k in line if k not in (*self._added, self._version)}, sort_keys=True)
+        return json.dumps({k: line[k] for k in line if k not in (*self._added, *self._versions)}, sort_keys=True)
 
     def _read(self) -> None:
         numbers = defaultdict(list)
@@ -162,7 +162,7 @@ class AnswerFile:
                     f"--output: {self.path} holds what is no answer to these records: {line.strip()[:200]}\n"
                     "name another output, or delete that file if it was made with other input, prompts or flags"
                 ) from error
-            if found.get(self._version) != self.records[number].get(self._version):
+            if any(found.get(key) != self.records[number].get(key) for key in self._versions):
                 self.outdated += "answer" in found
             elif "answer" in found:
                 self._lines[number] = f"{line}\n"
